@@ -1,0 +1,630 @@
+"""Modular MeanFlow in one file: learn average velocities, generate in one step.
+
+Unofficial reference implementation of
+    You, Liu, He: Modular MeanFlow, 2025, https://arxiv.org/abs/2508.17426
+which builds on
+    Geng, Deng, Bai, Kolter, He: Mean Flows for One-step Generative Modeling, 2025,
+    https://arxiv.org/abs/2505.13447
+
+Conventions, the same in the code, the docstrings and the README
+    x0, x1     data in [-1, 1] and noise ~ N(0, I), of any shape (B, ...)
+    r <= t     times in [0, 1], of shape (B,); t = 0 is data, t = 1 is noise
+    x_t        (1 - t) x0 + t x1, the path
+    v          x1 - x0, the velocity along it
+    u(x, r, t) the average velocity from r to t, what the network learns: x_r = x_t - (t - r) u
+    dudt       du/dt along the path, one Jacobian-vector product along (v, 0, 1)
+    lam        λ in [0, 1], the share of the gradient that passes through dudt
+
+Use
+    model = UNet(channels=1, size=28)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for x0 in batches:                                     # (B, 1, 28, 28)
+        loss, err = meanflow_loss(model, x0, lam=0.0)
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    images = sample(model, torch.randn(64, 1, 28, 28))     # one network evaluation
+"""
+
+import argparse
+import math
+import os
+import pickle
+import shutil
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+
+def _require(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_like(name, value, like):
+    wanted, got = ((tuple(z.shape), z.dtype) if torch.is_tensor(z) else z for z in (like, value))
+    _require(got == wanted, f"{name} must be a tensor of {wanted}, got {got}")
+
+
+def _like(t, x):
+    return t.view(-1, *[1] * (x.ndim - 1))  # (B,) -> (B, 1, ...)
+
+
+def _u(model, x, r, t, y):
+    u = model(x, r, t) if y is None else model(x, r, t, y)
+    _require(u.shape == x.shape, f"model must return {tuple(x.shape)}, returned {tuple(u.shape)}")
+    return u
+
+
+# The path from data to noise, and pairs of times on it -------------------------------------------
+
+
+def path(x0, x1, t):
+    """Return x_t = (1 - t) x0 + t x1 and its velocity v = x1 - x0, both shaped like x0 (B, ...).
+
+    The Modular MeanFlow paper divides by t - r in its loss: there x0 and x1 are the states at r
+    and t. For the ends of the whole path, as here, dx_t/dt is x1 - x0 itself.
+    """
+    t = _like(t, x0)
+    return (1 - t) * x0 + t * x1, x1 - x0
+
+
+def sample_times(n, *, jump_share=0.25, t_logit=(-0.4, 1.0), r_logit=None, device=None, dtype=None):
+    """Draw n pairs of times 0 <= r <= t <= 1 and return (r, t), both (n,).
+
+    n           number of pairs, at least 1
+    jump_share  the first round(jump_share * n) pairs have r < t, the others r = t; in [0, 1]
+    t_logit     mean and standard deviation of logit(t), which is normally distributed
+    r_logit     the same for r, which is then clipped to t; None: two draws from t_logit, sorted
+    Raises ValueError for values outside these ranges.
+    """
+    _require(isinstance(n, int) and n >= 1, f"n must be a positive integer, got {n!r}")
+    _require(0 <= jump_share <= 1, f"jump_share must be in [0, 1], got {jump_share!r}")
+    draws = []
+    for name, (mean, std) in ("t_logit", t_logit), ("r_logit", r_logit or t_logit):
+        _require(std >= 0, f"{name} must have a standard deviation >= 0, got {std!r}")
+        draws.append(torch.sigmoid(mean + std * torch.randn(n, device=device, dtype=dtype)))
+    t = torch.maximum(*draws) if r_logit is None else draws[0]
+    r = torch.minimum(*draws)
+    jumps = round(jump_share * n)
+    return torch.cat((r[:jumps], t[jumps:])), t
+
+
+# Gradient modulation SG_λ and the curriculum of λ ------------------------------------------------
+
+
+def sg_lambda(z, lam):
+    """Return SG_λ[z] = λ z + (1 - λ) stopgrad(z): the value of z, λ times its gradient.
+
+    z    tensor of any shape
+    lam  λ in [0, 1], a float or a 0-dim tensor; the float 0 frees the graph behind z
+    """
+    if not torch.is_tensor(lam) and lam == 0:
+        return z.detach()
+    return z.detach() + lam * (z - z.detach())  # the same, and exact in value
+
+
+_RISE = {
+    "constant": lambda s: 1.0,
+    "linear": lambda s: s,
+    "cosine": lambda s: (1 - math.cos(math.pi * s)) / 2,
+}
+LAMBDA_SCHEDULES = tuple(_RISE)
+
+
+def lambda_schedule(name, *, warmup, maximum=1.0):
+    """Return the curriculum step -> λ: `maximum` throughout, or risen from 0 to it at `warmup`.
+
+    name     one of LAMBDA_SCHEDULES; "linear" is the paper's λ = min(1, step / warmup)
+    warmup   number of steps, at least 0; with 0 every schedule is constant
+    maximum  the final λ, in [0, 1]
+    Raises ValueError for anything else.
+    """
+    _require(name in _RISE, f"name must be one of {', '.join(_RISE)}, got {name!r}")
+    _require(warmup >= 0, f"warmup must be at least 0, got {warmup!r}")
+    _require(0 <= maximum <= 1, f"maximum must be in [0, 1], got {maximum!r}")
+    return lambda step: maximum * _RISE[name](min(1.0, step / warmup) if warmup else 1.0)
+
+
+# The MeanFlow identity v = u + (t - r) du/dt as a loss -------------------------------------------
+
+TANGENTS = ("conditional", "marginal")
+
+
+def total_derivative(model, x_t, r, t, v, y=None):
+    """Return u(x_t, r, t) and du/dt = ∂u/∂x · v + ∂u/∂t, both shaped like x_t (B, ...).
+
+    One forward-mode pass along (v, 0, 1), so dropout masks are shared by value and derivative.
+    """
+    directions = v, torch.zeros_like(r), torch.ones_like(t)
+    return torch.func.jvp(lambda x, r, t: _u(model, x, r, t, y), (x_t, r, t), directions)
+
+
+def meanflow_loss(
+    model, x0, lam, y=None, *, x1=None, r=None, t=None, tangent="conditional", p=0.75, c=1e-3
+):
+    """Return the loss E[w ||e||²], e = u + (t - r) SG_λ[du/dt] - v, w = stopgrad(||e||² + c)^-p.
+
+    model    callable (x, r, t) or, where labels are given, (x, r, t, y) -> u, shaped like x
+    x0, y    data (B, ...), whose dtype and device all else shares, and labels (B, ...) or None
+    lam      λ in [0, 1], float or 0-dim tensor: 0 is MeanFlow's loss, 1 differentiates all of e
+    x1       noise, shaped like x0; if not given, drawn from N(0, I)
+    r, t     times (B,), 0 <= r <= t <= 1; if not given, drawn by `sample_times`
+    tangent  direction of du/dt: "conditional", the paper's v, or "marginal", u(x_t, t, t), which
+             leaves the true u a minimum for every λ, at one more forward pass where r < t
+    p, c     power >= 0 and offset > 0 of the adaptive weight; p = 0 is the plain squared error
+    Returns the scalar loss and, for a log, the detached mean of e² in each sample, (B,).
+    Raises ValueError that names the argument.
+    """
+    _require(torch.is_tensor(x0) and x0.is_floating_point(), f"x0 must be a float tensor: {x0!r}")
+    _require(x0.ndim > 1 and len(x0), f"x0 must be (B, ...), got shape {tuple(x0.shape)}")
+    _require(y is None or len(y) == len(x0), f"y must have a label for each of x0, got {y!r}")
+    number = isinstance(lam, int | float) or (torch.is_tensor(lam) and lam.ndim == 0)
+    _require(number and 0 <= lam <= 1, f"lam must be a number in [0, 1], got {lam!r}")
+    _require(tangent in TANGENTS, f"tangent must be one of {', '.join(TANGENTS)}, got {tangent!r}")
+    _require(p >= 0 and c > 0, f"p must be >= 0 and c > 0, got p={p!r}, c={c!r}")
+    _require((r is None) == (t is None), "r and t must be given together")
+    if x1 is None:
+        x1 = torch.randn_like(x0)
+    if t is None:
+        r, t = sample_times(len(x0), device=x0.device, dtype=x0.dtype)
+    _require_like("x1", x1, x0)
+    _require_like("r", r, x0.flatten(1)[:, 0])
+    _require_like("t", t, x0.flatten(1)[:, 0])
+    _require(((r >= 0) & (r <= t) & (t <= 1)).all(), f"need 0 <= r <= t <= 1, got r={r}, t={t}")
+
+    x_t, v = path(x0, x1, t)
+    e = -v
+    jump, stay = (r < t).nonzero().flatten(), (r == t).nonzero().flatten()
+    if len(jump):
+        args = x_t[jump], r[jump], t[jump], v[jump], None if y is None else y[jump]
+        e[jump] += _implied_velocity(model, *args, lam, tangent)
+    if len(stay):  # t - r = 0: du/dt does not matter
+        e[stay] += _u(model, x_t[stay], r[stay], t[stay], None if y is None else y[stay])
+    square = e.flatten(1).square().sum(1)  # ||e||², (B,)
+    weight = (square.detach() + c) ** -p
+    return (weight * square).mean(), square.detach() / e[0].numel()
+
+
+def _implied_velocity(model, x_t, r, t, v, y, lam, tangent):
+    """Return u + (t - r) SG_λ[du/dt], by the identity the velocity that the network's u implies."""
+    if tangent == "marginal":
+        with torch.no_grad():
+            v = _u(model, x_t, t, t, y).to(x_t.dtype)
+    u, dudt = total_derivative(model, x_t, r, t, v, y)
+    return u + _like(t - r, u) * sg_lambda(dudt, lam)
+
+
+# Sampling, in one step or in several -------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample(model, x1, *, steps=1, y=None):
+    """Return x0 (B, ...), generated from the noise x1 by jumps x_r = x_t - (t - r) u(x_t, r, t).
+
+    model  as in `meanflow_loss`; evaluated in eval mode, its own mode is restored
+    x1     noise (B, ...) ~ N(0, I); device and dtype of all that follows
+    steps  number of jumps and network evaluations, at least 1, on an even grid from t = 1 to 0
+    y      labels (B, ...) for a model that takes them
+    Raises ValueError that names the argument.
+    """
+    _require(torch.is_tensor(x1) and x1.ndim > 1, f"x1 must be a tensor (B, ...), got {x1!r}")
+    _require(isinstance(steps, int) and steps >= 1, f"steps must be at least 1, got {steps!r}")
+    x, grid = x1, torch.linspace(1, 0, steps + 1, device=x1.device, dtype=x1.dtype)
+    training = [m for m in model.modules() if m.training] if isinstance(model, nn.Module) else []
+    try:
+        for module in training:
+            module.training = False
+        for t, r in pairwise(grid):
+            x = x - (t - r) * _u(model, x, r.expand(len(x)), t.expand(len(x)), y)
+    finally:
+        for module in training:
+            module.training = True
+    return x
+
+
+# A U-Net for u(x, r, t), every layer of which has a forward-mode derivative ----------------------
+
+
+def _zero(layer):
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm over groups of 8 channels, in the precision of its weights also under autocast."""
+
+    def __init__(self, channels):
+        super().__init__(channels // 8, channels)
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype))
+
+
+class Embedding(nn.Module):
+    """Embed the times t and t - r and the label into features, (B, features).
+
+    The frequencies stay low, since du/dt grows with them: 0.5 to 8 radians over t in [0, 1].
+    """
+
+    def __init__(self, features, classes):
+        super().__init__()
+        self.register_buffer("frequencies", 0.5 * 2.0 ** torch.arange(5), persistent=False)
+        self.label = nn.Embedding(classes + 1, features)  # the last row is "no label"
+        self.time = nn.Linear(4 * len(self.frequencies), features)
+        self.mix = nn.Linear(features, features)
+
+    def forward(self, r, t, y):
+        angles = torch.stack((t, t - r), 1)[..., None] * self.frequencies  # (B, 2, frequencies)
+        times = torch.cat((angles.cos(), angles.sin()), 1).flatten(1)
+        return F.silu(self.mix(F.silu(self.time(times) + self.label(y))))
+
+
+class Block(nn.Module):
+    """Residual block: norm, SiLU, convolution, twice, the second norm scaled and shifted by the
+    embedding; then, if asked for, self-attention over all pixels."""
+
+    def __init__(self, inputs, outputs, features, dropout, attend):
+        super().__init__()
+        self.norm1 = GroupNorm(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.modulate = nn.Linear(features, 2 * outputs)
+        self.norm2 = GroupNorm(outputs)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = _zero(nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.attention = Attention(outputs) if attend else nn.Identity()
+
+    def forward(self, x, embedding):
+        scale, shift = self.modulate(embedding)[:, :, None, None].chunk(2, 1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h) * (1 + scale) + shift)))
+        return self.attention(self.skip(x) + h)
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels, one head. The softmax is written out because
+    `scaled_dot_product_attention` has no forward-mode derivative."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = GroupNorm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = _zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).flatten(2).chunk(3, 1)  # (B, C, H W)
+        attention = (q.transpose(1, 2) @ k * q.shape[1] ** -0.5).softmax(-1)  # (B, H W, H W)
+        return x + self.out((v @ attention.transpose(1, 2)).view_as(x))
+
+
+class Level(nn.Module):
+    """One resolution of the U-Net: blocks, the lower resolutions, blocks with skip connections."""
+
+    def __init__(self, widths, blocks, attention, features, dropout):
+        super().__init__()
+        (width, *lower), attend = widths, len(widths) <= attention
+        block = lambda inputs: Block(inputs, width, features, dropout, attend)
+        self.down = nn.ModuleList(block(width) for _ in range(blocks))
+        self.up = nn.ModuleList(block(2 * width) for _ in range(blocks))
+        self.lower = Level(lower, blocks, attention, features, dropout) if lower else None
+        if lower:
+            self.shrink = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * width, lower[0], 1))
+            self.grow = nn.Sequential(nn.Conv2d(lower[0], 4 * width, 1), nn.PixelShuffle(2))
+
+    def forward(self, h, embedding):
+        skips = []
+        for block in self.down:
+            h = block(h, embedding)
+            skips.append(h)
+        if self.lower:
+            h = h + self.grow(self.lower(self.shrink(h), embedding))
+        for block in self.up:
+            h = block(torch.cat((h, skips.pop()), 1), embedding)
+        return h
+
+
+class UNet(nn.Module):
+    """U-Net for u(x, r, t) or u(x, r, t, y) on square images.
+
+    channels     channels of the images
+    size         height and width of the images, a multiple of patch * 2 ** (levels - 1)
+    width        channels of the network, times `multipliers` at each level; multiples of 8
+    multipliers  one for each level; a level has half the resolution of the one before
+    blocks       residual blocks of each level, on the way down and again on the way up
+    attention    number of levels with self-attention, counted from the lowest
+    patch        side of the square of pixels that becomes one pixel of the first level
+    classes      number of labels, 0 for none; a missing y stands for "no label"
+    dropout      probability in [0, 1)
+    Raises ValueError for sizes that do not divide.
+    """
+
+    def __init__(
+        self, channels, *, size, width=32, multipliers=(1, 2), blocks=1, attention=1, patch=1,
+        classes=0, dropout=0.0,
+    ):  # fmt: skip
+        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        super().__init__()
+        self.config = config  # what a checkpoint needs to build the network again
+        self.shape, self.patch, self.classes = (channels, size, size), patch, classes
+        widths, unit = [width * m for m in multipliers], patch * 2 ** (len(multipliers) - 1)
+        _require(size % unit == 0, f"size must be a multiple of {unit}, got {size!r}")
+        _require(not any(w % 8 for w in widths), f"widths must be multiples of 8, got {widths}")
+        self.embedding = Embedding(4 * width, classes)
+        self.first = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
+        self.levels = Level(widths, blocks, attention, 4 * width, dropout)
+        self.norm = GroupNorm(widths[0])
+        self.last = _zero(nn.Conv2d(widths[0], channels * patch**2, 3, padding=1))
+
+    def forward(self, x, r, t, y=None):
+        """Return u shaped like x (B, channels, size, size); r, t: (B,); y: (B,) in [0, classes)."""
+        _require(x.shape[1:] == self.shape, f"x must be (B, *{self.shape}), got {tuple(x.shape)}")
+        if y is None:
+            y = torch.full_like(r, self.classes, dtype=torch.long)
+        h = self.first(F.pixel_unshuffle(x, self.patch))
+        h = self.levels(h, self.embedding(r, t, y))
+        return F.pixel_shuffle(self.last(F.silu(self.norm(h))), self.patch)
+
+
+# Training on images; a project with a training loop of its own can cut the file off here ----------
+
+FORMAT = "meanflow 1"  # of checkpoints
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend; `run` shows it in one line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def run(main):
+    """Call main() for a script: what the user can mend ends it with one line and status 2."""
+    try:
+        main()
+    except (UserError, OSError) as error:
+        _Parser().error(error)
+
+
+def _number(kind, interval):
+    """Return the argparse type of numbers in an interval, written as in "(0, 1]"."""
+    low, high = map(float, interval[1:-1].split(","))
+
+    def number(text):
+        value = kind(text)
+        closed = (interval[0] == "[" and value == low) or (interval[-1] == "]" and value == high)
+        if not (low < value < high or closed):
+            raise argparse.ArgumentTypeError(f"must be in {interval}, got {text}")
+        return value
+
+    return number
+
+
+def _device(name):
+    try:
+        return str(torch.empty(0, device=name).device)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{name}: {str(error).splitlines()[0]}") from error
+
+
+COUNT, STEPS = _number(int, "[1, inf)"), _number(int, "[0, inf)")
+POSITIVE, SHARE = _number(float, "(0, inf)"), _number(float, "[0, 1]")
+DECAY = _number(float, "[0, 1)")
+CUDA = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def train_parser(description, **defaults):
+    """Return the command line of a training script, which may set defaults of its own."""
+    parser = _Parser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    flag, switch = parser.add_argument, argparse.BooleanOptionalAction
+    normal = {"type": float, "nargs": 2, "metavar": ("MEAN", "STD")}
+    flag("--data", default="data", help="folder of the data set, downloaded there if absent")
+    flag("--out", default="runs", help="folder for checkpoint.pt, log.csv and pictures")
+    flag("--steps", type=COUNT, default=100_000, help="training steps")
+    flag("--batch-size", type=COUNT, default=64, help="images per step")
+    flag("--lr", type=POSITIVE, default=1e-3, help="peak learning rate of Adam")
+    flag("--lr-warmup", type=STEPS, help="steps in which it rises; without it a 50th of all")
+    flag("--lr-decay", action=switch, default=False, help="let it fall to 0 along a cosine")
+    flag("--beta2", type=DECAY, default=0.999, help="decay of Adam's second moment")
+    flag("--clip", type=POSITIVE, default=1.0, help="largest norm of the gradient")
+    flag("--ema", type=DECAY, default=0.999, help="decay of the averaged weights, per step")
+    flag("--lambda-schedule", choices=LAMBDA_SCHEDULES, help="curriculum of λ; without it λ = 0")
+    flag("--lambda-max", type=SHARE, default=1.0, help="final λ of the curriculum")
+    flag("--lambda-warmup", type=STEPS, help="steps in which λ rises; without it half of all")
+    flag("--tangent", choices=TANGENTS, default="conditional", help="direction of du/dt")
+    flag("--jump-share", type=SHARE, default=0.25, help="share of samples with r < t")
+    flag("--t-logit", **normal, default=(-0.4, 1.0), help="normal distribution of logit(t)")
+    flag("--r-logit", **normal, help="of logit(r), clipped to t; without it sorted draws of t")
+    flag("--p", type=_number(float, "[0, inf)"), default=0.75, help="power of the weight's base")
+    flag("--c", type=POSITIVE, default=1e-3, help="offset of the weight (||e||² + c)^-p")
+    flag("--class-cond", action=switch, default=False, help="condition on the labels")
+    flag("--seed", type=STEPS, default=0, help="seed of all random numbers")
+    flag("--device", type=_device, default=CUDA, help="device to train on")
+    flag("--log-every", type=COUNT, default=20, help="steps per row of log.csv and progress line")
+    flag("--sample-every", type=COUNT, default=500, help="steps between pictures of samples")
+    flag("--checkpoint-every", type=COUNT, default=500, help="steps between checkpoints")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def load_dataset(dataset, data):
+    """Return torchvision's training set `dataset` in the folder `data`, downloaded if not there.
+
+    It arrives whole or not at all. Raises UserError where there is neither data nor network.
+    """
+    try:
+        return dataset(data)
+    except RuntimeError:  # torchvision: not found
+        folder = Path(data).absolute()
+    parent = next(parent for parent in folder.parents if parent.exists())
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=parent) as temporary:
+        try:
+            dataset(temporary, download=True)
+        except (RuntimeError, OSError) as error:
+            hint = "copy it there or name its folder with --data"
+            raise UserError(f"no {dataset.__name__} in {folder}, no download: {hint}") from error
+        shutil.copytree(temporary, folder, copy_function=os.replace, dirs_exist_ok=True)
+    return dataset(data)
+
+
+@contextmanager
+def _replacing(file):
+    """Yield a temporary name, which replaces `file` when all has gone well."""
+    temporary = Path(file).with_name(f".{Path(file).name}")
+    try:
+        yield temporary
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def draw(model, num, *, steps=1, seed=0):
+    """Return `num` images (num, C, H, W) of a UNet from fixed noise, its labels taken in turn."""
+    x1 = torch.randn(num, *model.shape, generator=torch.Generator().manual_seed(seed))
+    x1 = x1.to(next(model.parameters()).device)
+    y = torch.arange(num, device=x1.device) % model.classes if model.classes else None
+    batches = ((x1[i : i + 500], None if y is None else y[i : i + 500]) for i in range(0, num, 500))
+    return torch.cat([sample(model, x, steps=steps, y=labels) for x, labels in batches])
+
+
+def save_images(images, file, *, columns=10):
+    """Write images (B, C, H, W) in [-1, 1] into one PNG, `columns` in a row."""
+    from torchvision.utils import save_image
+
+    with _replacing(file) as temporary:
+        save_image(images, temporary, nrow=columns, normalize=True, value_range=(-1, 1))
+
+
+def load_checkpoint(file):
+    """Return the dict that `train` saved. Raises UserError for a missing or another file."""
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"cannot read a checkpoint from {file}: {type(error).__name__}") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise UserError(f"{file} is not a checkpoint of this meanflow.py")
+    return checkpoint
+
+
+def train(model, images, labels, args):
+    """Train the UNet `model`; write checkpoint.pt, log.csv and pictures into args.out.
+
+    images  uint8 (N, C, H, W)
+    labels  int64 (N,), or None for an unconditional model
+    args    settings, from `train_parser`
+    Returns the model with averaged weights. Raises UserError for settings that contradict.
+    """
+    for name in "lambda_warmup", "lr_warmup":
+        if (getattr(args, name) or 0) > args.steps:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {getattr(args, name)} is beyond the last step, {args.steps}")
+    warmup = args.steps // 2 if args.lambda_warmup is None else args.lambda_warmup
+    maximum = args.lambda_max if args.lambda_schedule else 0.0
+    lam = lambda_schedule(args.lambda_schedule or "constant", warmup=warmup, maximum=maximum)
+    out, device = Path(args.out), args.device
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    images, labels = images.to(device), None if labels is None else labels.to(device)
+    model.to(device).train()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, (0.9, args.beta2), fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_lr_factor, args))
+    times = {"jump_share": args.jump_share, "t_logit": args.t_logit, "r_logit": args.r_logit}
+    log, jumps = _Log(out / "log.csv", args), round(args.jump_share * args.batch_size)
+
+    for step in range(1, args.steps + 1):
+        i = torch.randint(len(images), (args.batch_size,), device=device)
+        x0, y = images[i].float() / 127.5 - 1, None if labels is None else labels[i]
+        r, t = sample_times(args.batch_size, **times, device=device)
+        modulation = {"tangent": args.tangent, "p": args.p, "c": args.c}
+        loss, err = meanflow_loss(model, x0, lam(step - 1), y, r=r, t=t, **modulation)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        scheduler.step()
+        average.update_parameters(model)
+
+        log.steps.append(torch.stack((loss.detach(), err[jumps:].mean(), err[:jumps].mean(), norm)))
+        last = step == args.steps
+        if last or step % args.log_every == 0:
+            log.write(step, lam(step - 1))
+        if last or step % args.sample_every == 0:
+            save_images(draw(average.module, 80, seed=args.seed), out / f"step-{step:06}.png")
+        if last or step % args.checkpoint_every == 0:
+            objects = {"model": model, "ema": average.module, "optimizer": optimizer}
+            states = {name: value.state_dict() for name, value in objects.items()}
+            about = {"format": FORMAT, "unet": model.config, "step": step, "args": vars(args)}
+            with _replacing(out / "checkpoint.pt") as temporary:
+                torch.save(about | states, temporary)
+    rows = [draw(average.module, 40, steps=n, seed=args.seed) for n in (1, 2, 4)]
+    save_images(torch.cat(rows), out / "samples.png")
+    print(f"{out / 'samples.png'}: four rows each in 1, 2 and 4 steps")
+    return average.module
+
+
+def _lr_factor(args, step):
+    warmup = args.steps // 50 if args.lr_warmup is None else args.lr_warmup
+    decay = (1 + math.cos(math.pi * step / args.steps)) / 2 if args.lr_decay else 1.0
+    return decay * min(1.0, (step + 1) / max(1, warmup))
+
+
+class _Log:
+    """log.csv and the progress line, from steps' (loss, err at r = t, err at r < t, grad norm)."""
+
+    def __init__(self, file, args):
+        self.file, self.args, self.steps = file, args, []
+        self.start = self.mark = time.perf_counter()
+        file.write_text("step,loss,err_flow,err_jump,lambda,grad_norm,images_per_second,seconds\n")
+
+    def write(self, step, lam):
+        """Write the means of the steps since the last row."""
+        loss, flow, jump, norm = torch.stack(self.steps).mean(0).tolist()
+        now = time.perf_counter()
+        pace, self.mark, self.steps = (now - self.mark) / len(self.steps), now, []
+        speed, left = self.args.batch_size / pace, (self.args.steps - step) * pace
+        row = loss, flow, jump, lam, norm, speed, now - self.start
+        with open(self.file, "a") as file:
+            print(step, *(f"{value:.6g}" for value in row), sep=",", file=file)
+        line = f"{step}/{self.args.steps}  err {flow:.4f} (r = t) {jump:.4f} (r < t)  λ {lam:.2f}"
+        line += f"  {speed:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left "
+        print(line, end="\r" if sys.stdout.isatty() and left else "\n", flush=True)
+
+
+def main():
+    """Draw samples from a checkpoint, into one PNG or into a folder with one for each."""
+    parser = _Parser(
+        description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("checkpoint", help="file that training wrote")
+    parser.add_argument("--steps", type=COUNT, default=1, help="network evaluations per image")
+    parser.add_argument("--num", type=COUNT, default=80, help="number of images")
+    parser.add_argument("--out", default="samples.png", help="a .png for a grid, or a folder")
+    parser.add_argument("--seed", type=STEPS, default=0, help="seed of the noise")
+    parser.add_argument("--device", type=_device, default=CUDA, help="device to draw on")
+    args = parser.parse_args()
+    checkpoint, out = load_checkpoint(args.checkpoint), Path(args.out)
+    model = UNet(**checkpoint["unet"]).to(args.device)
+    model.load_state_dict(checkpoint["ema"])
+    images, grid = draw(model, args.num, steps=args.steps, seed=args.seed), out.suffix == ".png"
+    (out.parent if grid else out).mkdir(parents=True, exist_ok=True)
+    if grid:
+        return save_images(images, out)
+    for i, image in enumerate(images):
+        save_images(image, out / f"{i:06}.png")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,618 @@
+"""What meanflow.py claims, claim by claim; exact claims in float64."""
+
+import csv
+import math
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import meanflow
+import train_mnist
+from meanflow import (
+    LAMBDA_SCHEDULES,
+    UNet,
+    lambda_schedule,
+    meanflow_loss,
+    path,
+    sample,
+    sample_times,
+    sg_lambda,
+    total_derivative,
+)
+
+ROOT = Path(__file__).parent
+assert_close = torch.testing.assert_close
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+class Net(nn.Module):
+    """A smooth u of vectors that depends on all its arguments, with a label if there is one."""
+
+    def __init__(self, features=3, labels=5):
+        super().__init__()
+        self.inner = nn.Linear(features + 2, 16)
+        self.label = nn.Embedding(labels, 16)
+        self.outer = nn.Linear(16, features)
+        self.double()
+
+    def forward(self, x, r, t, y=None):
+        h = self.inner(torch.cat((x, r[:, None], t[:, None]), 1))
+        return self.outer(torch.tanh(h if y is None else h + self.label(y)))
+
+
+def small_unet(**options):
+    """A U-Net in float64 whose zero-initialised layers are not zero, as after training."""
+    net = UNet(**{"channels": 1, "size": 8, "width": 8, "multipliers": (1, 2)} | options).double()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return net
+
+
+def batch(n=12, shape=(3,), jump_share=0.5):
+    x0, x1 = torch.randn(2, n, *shape, dtype=torch.float64)
+    r, t = sample_times(n, jump_share=jump_share, dtype=torch.float64)
+    return x0, {"x1": x1, "r": r, "t": t}
+
+
+def gradients(loss, net):
+    grads = torch.autograd.grad(loss, [*net.parameters()], materialize_grads=True)
+    return torch.cat([g.flatten() for g in grads])
+
+
+# Gaussian data, where the average velocity has a closed form -------------------------------------
+
+MEAN, STD = 0.7, 0.5
+
+
+def gaussian_v(x, t):
+    """The marginal velocity E[v | x_t = x] for x0 ~ N(MEAN, STD²)."""
+    variance = (1 - t) ** 2 * STD**2 + t**2
+    return (t - (1 - t) * STD**2) / variance * (x - (1 - t) * MEAN) - MEAN
+
+
+def gaussian_u(x, r, t):
+    r, t = r[:, None], t[:, None]
+    ratio = ((1 - r) ** 2 * STD**2 + r**2) / ((1 - t) ** 2 * STD**2 + t**2)
+    x_r = (1 - r) * MEAN + ratio.sqrt() * (x - (1 - t) * MEAN)
+    gap = torch.where(r < t, t - r, 1.0)
+    return torch.where(r < t, (x - x_r) / gap, gaussian_v(x, t))
+
+
+def test_closed_form_satisfies_the_identity_along_the_flow():
+    x0, given = batch(n=1000, shape=(1,), jump_share=1.0)
+    r, t = given["r"].clamp(0.01, 0.98), given["t"].clamp(0.02, 0.99)
+    t = torch.maximum(t, r + 0.01)
+    x_t, _ = path(x0, given["x1"], t)
+    v = gaussian_v(x_t, t[:, None])
+    u, dudt = total_derivative(gaussian_u, x_t, r, t, v)
+    assert_close(u, gaussian_u(x_t, r, t))
+    assert_close(u + (t - r)[:, None] * dudt, v)
+
+
+def test_one_step_equals_eight_and_both_give_the_data():
+    x1 = torch.randn(1000, 1, dtype=torch.float64)
+    for steps in 1, 8:
+        assert_close(sample(gaussian_u, x1, steps=steps), MEAN + STD * x1)
+
+
+def stationarity(lam, tangent):
+    """Mean and standard error of the loss's gradient in (a, b, c) of (1 + a) u + b + c x at 0."""
+    grads = []
+    for _ in range(20):
+        parameters = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+        a, b, c = parameters
+        model = lambda x, r, t: (1 + a) * gaussian_u(x, r, t) + b + c * x  # noqa: B023
+        x0 = MEAN + STD * torch.randn(20_000, 1, dtype=torch.float64)
+        r, t = sample_times(len(x0), jump_share=1.0, dtype=torch.float64)
+        loss, _ = meanflow_loss(model, x0, lam, r=r, t=t, tangent=tangent, p=0)
+        grads.append(torch.autograd.grad(loss, parameters)[0])
+    grads = torch.stack(grads)
+    return grads.mean(0), grads.std(0) / len(grads) ** 0.5
+
+
+@pytest.mark.parametrize(
+    "lam, tangent",
+    [(0.0, "conditional"), (0.0, "marginal"), (0.5, "marginal"), (1.0, "marginal")],
+)
+def test_true_u_is_stationary(lam, tangent):
+    mean, error = stationarity(lam, tangent)
+    assert (mean.abs() < 4 * error).all(), (mean, error)
+    assert (error < 0.01).all(), error
+
+
+def test_true_u_is_not_stationary_for_the_conditional_tangent_with_lambda_1():
+    mean, error = stationarity(1.0, "conditional")
+    assert mean[0] < -0.05 and mean[2] < -0.1, (mean, error)
+
+
+# SG_λ and what it does to the loss ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lam", [0, 0.0, 0.3, 1.0, torch.tensor(0.0), torch.tensor(0.3)])
+def test_sg_lambda_keeps_the_value_and_scales_the_gradient(lam):
+    z = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    scaled = sg_lambda(z, lam)
+    assert torch.equal(scaled, z)
+    (gradient,) = torch.autograd.grad((scaled + 0 * z).sum(), z)
+    assert_close(gradient, torch.full_like(z, float(lam)))
+
+
+@pytest.mark.parametrize("tangent", meanflow.TANGENTS)
+def test_lambda_leaves_the_value_and_is_affine_in_the_gradient(tangent):
+    net = Net()
+    x0, given = batch()
+    losses, grads = {}, {}
+    for lam in 0.0, 0.3, 1.0:
+        losses[lam], _ = meanflow_loss(net, x0, lam, **given, tangent=tangent)
+        grads[lam] = gradients(losses[lam], net)
+    assert_close(losses[0.0], losses[0.3], rtol=1e-14, atol=0)
+    assert_close(losses[0.0], losses[1.0], rtol=1e-14, atol=0)
+    assert_close(grads[0.3], 0.7 * grads[0.0] + 0.3 * grads[1.0], rtol=1e-12, atol=1e-14)
+    assert (grads[1.0] - grads[0.0]).norm() > 0.1 * grads[0.0].norm()
+
+
+def test_lambda_as_a_tensor_gives_the_same_gradient():
+    net = Net()
+    x0, given = batch()
+    for lam in 0.0, 0.3, 1.0:
+        as_float, _ = meanflow_loss(net, x0, lam, **given)
+        as_tensor, _ = meanflow_loss(net, x0, torch.tensor(lam, dtype=torch.float64), **given)
+        assert_close(gradients(as_float, net), gradients(as_tensor, net))
+
+
+@pytest.mark.parametrize("p", [0, 0.75, 1])
+def test_lambda_0_is_regression_on_a_fixed_target(p):
+    """MeanFlow's own formulation: u against the constant v - (t - r) du/dt."""
+    net, c = Net(), 0.01
+    x0, given = batch(jump_share=1.0)
+    x1, r, t = given["x1"], given["r"], given["t"]
+    x_t, v = (1 - t)[:, None] * x0 + t[:, None] * x1, x1 - x0
+    directions = v, torch.zeros(12, dtype=torch.float64), torch.ones(12, dtype=torch.float64)
+    _, dudt = torch.autograd.functional.jvp(net, (x_t, r, t), directions)
+    target = (v - (t - r)[:, None] * dudt).detach()
+    square = (net(x_t, r, t) - target).pow(2).sum(1)
+    expected = (square / (square.detach() + c) ** p).mean()
+    loss, err = meanflow_loss(net, x0, 0.0, **given, p=p, c=c)
+    assert_close(loss, expected)
+    assert_close(err, square.detach() / 3)
+    assert_close(gradients(loss, net), gradients(expected, net))
+
+
+# The derivative ----------------------------------------------------------------------------------
+
+
+def test_err_agrees_with_central_differences():
+    def u(x, r, t):
+        r, t = r[:, None, None], t[:, None, None]
+        return torch.sin(2 * x + t) * (1 + r * t) + x.flip(1) * t**2
+
+    x0, given = batch(shape=(2, 3))
+    x1, r, t = given["x1"], given["r"], given["t"]
+    x_t, v = path(x0, x1, t)
+    h = 1e-6
+    rise = u(x_t + h * v, r, t + h) - u(x_t - h * v, r, t - h)
+    e = u(x_t, r, t) + (t - r)[:, None, None] * rise / (2 * h) - v
+    _, err = meanflow_loss(u, x0, 1.0, **given)
+    assert_close(err, e.pow(2).mean((1, 2)), rtol=1e-8, atol=0)
+
+
+def test_path_moves_with_v():
+    x0, given = batch()
+    t, h = given["t"] * 0.9, 1e-3
+    assert_close(path(x0, given["x1"], torch.zeros(12).double())[0], x0)
+    assert_close(path(x0, given["x1"], torch.ones(12).double())[0], given["x1"])
+    (before, v), (after, _) = path(x0, given["x1"], t), path(x0, given["x1"], t + h)
+    assert_close(after, before + h * v)
+
+
+@pytest.mark.parametrize("options", [{}, {"classes": 3}, {"patch": 2, "attention": 2}])
+def test_jvp_of_the_unet_agrees_with_finite_differences(options):
+    net = small_unet(**options)
+    x, v = torch.randn(2, 4, 1, 8, 8, dtype=torch.float64)
+    r, t = sample_times(4, jump_share=1.0, dtype=torch.float64)
+    y = torch.arange(4) % 3 if "classes" in options else None
+    u, dudt = total_derivative(net, x, r, t, v, y)
+    h = 1e-6
+    assert_close(u, net(x, r, t, y))
+    rise = (net(x + h * v, r, t + h, y) - net(x - h * v, r, t - h, y)) / (2 * h)
+    assert_close(dudt, rise, rtol=1e-6, atol=1e-6)
+    assert dudt.abs().mean() > 0.1 * u.abs().mean()
+
+
+@pytest.mark.parametrize("lam", [0.0, 1.0])
+@pytest.mark.parametrize("labels", [False, True])
+def test_samples_with_r_equal_t_need_no_derivative(lam, labels):
+    net = Net()
+    x0, given = batch()
+    shuffle = torch.randperm(12)
+    given = {name: value[shuffle] for name, value in given.items()}
+    x1, r, t = given["x1"], given["r"], given["t"]
+    y = torch.randint(0, 5, (12,)) if labels else None
+    x_t, v = path(x0, x1, t)
+    u, dudt = total_derivative(net, x_t, r, t, v, y)
+    e = u + (t - r)[:, None] * sg_lambda(dudt, lam) - v
+    loss, err = meanflow_loss(net, x0, lam, y, **given, p=0)
+    assert_close(loss, e.pow(2).sum(1).mean())
+    assert_close(err, e.detach().pow(2).mean(1))
+    assert_close(gradients(loss, net), gradients(e.pow(2).sum(1).mean(), net))
+
+
+def test_only_samples_with_r_below_t_pass_through_the_jvp():
+    seen = []
+
+    def u(x, r, t):
+        seen.append((len(x), bool((r == t).all())))
+        return x * t[:, None]
+
+    x0, given = batch(n=16, jump_share=0.25)
+    meanflow_loss(u, x0, 0.0, **given)
+    assert sorted(seen) == [(4, False), (12, True)]
+    seen.clear()
+    meanflow_loss(u, x0, 0.0, **given, tangent="marginal")
+    assert sorted(seen) == [(4, False), (4, True), (12, True)]
+
+
+def test_float32_agrees_with_float64():
+    net = Net()
+    x0, given = batch()
+    expected, _ = meanflow_loss(net, x0, 0.5, **given)
+    single = {name: value.float() for name, value in given.items()}
+    loss, err = meanflow_loss(net.float(), x0.float(), 0.5, **single)
+    assert loss.dtype == err.dtype == torch.float32
+    assert_close(loss, expected.float(), rtol=1e-4, atol=0)
+
+
+# Times and schedules -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("r_logit", [None, (-4.0, 1.6)])
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_times_are_ordered_and_the_stated_share_jumps(r_logit, share):
+    r, t = sample_times(1000, jump_share=share, r_logit=r_logit, dtype=torch.float64)
+    assert r.shape == t.shape == (1000,) and r.dtype == torch.float64
+    assert ((r >= 0) & (r <= t) & (t <= 1)).all()
+    jumps = round(share * 1000)
+    assert torch.equal(r[jumps:], t[jumps:])
+    if r_logit is None:
+        assert (r[:jumps] < t[:jumps]).all()
+
+
+def test_times_have_the_distributions_asked_for():
+    n = 100_000
+    _, t = sample_times(n, t_logit=(-0.6, 1.6), r_logit=(-4.0, 0.5))
+    r, _ = sample_times(n, t_logit=(9.0, 0.1), r_logit=(-4.0, 0.5), jump_share=1.0)
+    for times, mean, std in (t, -0.6, 1.6), (r, -4.0, 0.5):
+        logit = times.double().logit()
+        assert abs(logit.mean() - mean) < 5 * std / n**0.5 and abs(logit.std() / std - 1) < 0.02
+    low, high = sample_times(n, t_logit=(1.0, 2.0), jump_share=1.0)
+    both = torch.cat((low, high)).double().logit()  # sorting a pair does not change their union
+    assert abs(both.mean() - 1.0) < 0.05 and abs(both.std() - 2.0) < 0.05
+    clipped, t = sample_times(n, t_logit=(0.0, 1.0), r_logit=(0.0, 1.0), jump_share=1.0)
+    assert abs((clipped == t).double().mean() - 0.5) < 0.02
+
+
+def test_schedules_at_their_edges():
+    assert {"constant", "linear", "cosine"} <= set(LAMBDA_SCHEDULES)
+    for name in LAMBDA_SCHEDULES:
+        lam = lambda_schedule(name, warmup=10, maximum=0.8)
+        values = [lam(step) for step in range(15)]
+        assert values == sorted(values) and values[10:] == [0.8] * 5
+        assert values[0] == (0.8 if name == "constant" else 0.0)
+        assert lambda_schedule(name, warmup=0)(0) == 1.0
+    assert lambda_schedule("linear", warmup=10)(3) == 0.3
+    assert lambda_schedule("cosine", warmup=10)(5) == pytest.approx(0.5)
+    assert lambda_schedule("cosine", warmup=10)(1) < 0.03
+
+
+# The U-Net ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels, size", [(1, 28), (3, 32)])
+@pytest.mark.parametrize("classes", [0, 10])
+@pytest.mark.parametrize("options", [{"patch": 2}, {"multipliers": (1, 1, 2), "blocks": 2}])
+def test_unet_shapes(channels, size, classes, options):
+    net = UNet(channels, size=size, width=8, classes=classes, **options)
+    x, (r, t) = torch.randn(2, channels, size, size), sample_times(2)
+    y = torch.tensor([0, 9]) if classes else None
+    assert torch.equal(net(x, r, t, y), torch.zeros_like(x))  # the last layer starts at zero
+    loss, err = meanflow_loss(net, x, 1.0, y)
+    loss.backward()
+    assert err.shape == (2,)
+
+
+def test_swapping_r_and_t_changes_the_unet():
+    net = small_unet()
+    x, (r, t) = (
+        torch.randn(4, 1, 8, 8).double(),
+        sample_times(4, jump_share=1.0, dtype=torch.float64),
+    )
+    assert (net(x, r, t) - net(x, t, r)).abs().mean() > 0.01
+
+
+def test_labels_matter_and_a_missing_one_is_the_null_class():
+    net = small_unet(classes=3)
+    x, (r, t) = torch.randn(4, 1, 8, 8).double(), sample_times(4, dtype=torch.float64)
+    out = [net(x, r, t, torch.full((4,), y)) for y in range(4)]
+    assert torch.equal(net(x, r, t), out[3])
+    assert all((out[i] - out[j]).abs().mean() > 0.01 for i in range(4) for j in range(i))
+
+
+def test_every_parameter_of_the_unet_learns():
+    net = small_unet(classes=3, attention=2, blocks=2)
+    x0, given = batch(n=6, shape=(1, 8, 8))
+    for lam in 0.0, 1.0:
+        grads = torch.autograd.grad(
+            meanflow_loss(net, x0, lam, torch.arange(6) % 3, **given)[0],
+            [p for name, p in net.named_parameters()],
+        )
+        assert all(g.abs().sum() > 0 for g in grads)
+
+
+def test_dropout_only_in_training_mode_and_the_mode_comes_back():
+    net = small_unet(dropout=0.5)
+    x1 = torch.randn(3, 1, 8, 8).double()
+    frozen = net.levels.lower.eval()
+    assert torch.equal(sample(net, x1), sample(net, x1))
+    assert net.training and net.norm.training and not frozen.training
+    with pytest.raises(ValueError, match="x must be"):
+        sample(net, x1[:, :, :4])
+    assert net.training and not frozen.training
+
+
+def test_derivative_and_value_share_the_dropout_mask():
+    net = small_unet(dropout=0.5).train()
+    x, v = torch.randn(2, 3, 1, 8, 8, dtype=torch.float64)
+    r, t = sample_times(3, jump_share=1.0, dtype=torch.float64)
+
+    def masked(h):
+        torch.manual_seed(1)
+        return net(x + h * v, r, t + h)
+
+    torch.manual_seed(1)
+    u, dudt = total_derivative(net, x, r, t, v)
+    assert_close(u, masked(0))
+    assert_close(dudt, (masked(1e-6) - masked(-1e-6)) / 2e-6, rtol=1e-6, atol=1e-6)
+
+
+# Bad input ---------------------------------------------------------------------------------------
+
+X0 = torch.zeros(4, 3)
+TIMES = {"r": torch.full((4,), 0.2), "t": torch.full((4,), 0.6)}
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: meanflow_loss(Net(), [[0.0]], 0.0), "x0 must be"),
+        (lambda: meanflow_loss(Net(), torch.zeros(4, 3, dtype=torch.uint8), 0.0), "x0 must be"),
+        (lambda: meanflow_loss(Net(), torch.zeros(4), 0.0), r"x0 must be.*\(4,\)"),
+        (lambda: meanflow_loss(Net(), torch.zeros(0, 3), 0.0), r"x0 must be.*\(0, 3\)"),
+        (lambda: meanflow_loss(Net(), X0, 0.0, torch.zeros(3)), "y must"),
+        (lambda: meanflow_loss(Net(), X0, 1.5), "lam must be.*1.5"),
+        (lambda: meanflow_loss(Net(), X0, -0.1), "lam must be.*-0.1"),
+        (lambda: meanflow_loss(Net(), X0, float("nan")), "lam must be.*nan"),
+        (lambda: meanflow_loss(Net(), X0, torch.ones(2)), "lam must be"),
+        (lambda: meanflow_loss(Net(), X0, "linear"), "lam must be.*linear"),
+        (lambda: meanflow_loss(Net(), X0, 0.0, tangent="true"), "tangent must be.*'true'"),
+        (lambda: meanflow_loss(Net(), X0, 0.0, p=-1), "p must be.*-1"),
+        (lambda: meanflow_loss(Net(), X0, 0.0, c=0), "c > 0.*c=0"),
+        (lambda: meanflow_loss(Net(), X0, 0.0, x1=torch.zeros(4, 2)), r"x1 must be.*\(4, 2\)"),
+        (lambda: meanflow_loss(Net(), X0, 0.0, x1=X0.double()), "x1 must be.*float64"),
+        (lambda: meanflow_loss(Net(), X0, 0.0, x1=0.0), "x1 must be"),
+        (lambda: meanflow_loss(Net(), X0, 0.0, r=TIMES["r"]), "r and t"),
+        (lambda: meanflow_loss(Net(), X0, 0.0, t=TIMES["t"], r=0.2), "r must be.*0.2"),
+        (lambda: meanflow_loss(Net(), X0, 0.0, r=TIMES["t"], t=TIMES["r"]), "r <= t"),
+        (lambda: meanflow_loss(Net(), X0, 0.0, r=TIMES["r"], t=TIMES["t"] * 2), "t <= 1"),
+        (lambda: meanflow_loss(Net(), X0, 0.0, r=TIMES["r"] * float("nan"), t=TIMES["t"]), "<= r"),
+        (lambda: meanflow_loss(lambda x, r, t: x[:1], X0, 0.0, **TIMES), r"model must.*\(1, 3\)"),
+        (
+            lambda: meanflow_loss(lambda x, r, t: x[:1], X0, 0.0, r=TIMES["t"], t=TIMES["t"]),
+            "model",
+        ),
+        (lambda: sample(Net(), X0, steps=0), "steps must be.*0"),
+        (lambda: sample(Net(), X0, steps=1.5), "steps must be.*1.5"),
+        (lambda: sample(Net(), 4), "x1 must be.*4"),
+        (lambda: sample_times(0), "n must be.*0"),
+        (lambda: sample_times(4, jump_share=1.1), "jump_share must be.*1.1"),
+        (lambda: sample_times(4, t_logit=(0.0, -1.0)), "t_logit must.*-1"),
+        (lambda: sample_times(4, r_logit=(0.0, -1.0)), "r_logit must.*-1"),
+        (lambda: lambda_schedule("step", warmup=1), "name must be.*'step'"),
+        (lambda: lambda_schedule("linear", warmup=-1), "warmup must be.*-1"),
+        (lambda: lambda_schedule("linear", warmup=1, maximum=1.1), "maximum must be.*1.1"),
+        (lambda: UNet(1, size=30, patch=2), "size must be a multiple of 4, got 30"),
+        (lambda: UNet(1, size=28, width=12), "multiples of 8.*12"),
+        (lambda: UNet(1, size=8)(X0[:, :, None, None], X0[:, 0], X0[:, 0]), "x must be"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# It learns ---------------------------------------------------------------------------------------
+
+
+def test_one_step_samples_of_a_learned_mixture_hit_its_modes():
+    """Four narrow Gaussians on a square, a small network, one evaluation per sample."""
+    corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+    layers = [(nn.Linear(n, 128), nn.SiLU()) for n in (4, 128, 128)]
+    net = nn.Sequential(*(layer for pair in layers for layer in pair), nn.Linear(128, 2))
+    u = lambda x, r, t: net(torch.cat((x, r[:, None], t[:, None]), 1))
+    optimizer = torch.optim.Adam(net.parameters(), 4e-3)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 800)
+    for _ in range(800):
+        x0 = corners[torch.randint(4, (256,))] + 0.1 * torch.randn(256, 2)
+        r, t = sample_times(256, jump_share=0.5)
+        loss, _ = meanflow_loss(u, x0, 0.0, r=r, t=t)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay.step()
+    x = sample(u, torch.randn(4000, 2))
+    distance, mode = torch.cdist(x, corners).min(1)
+    assert (distance < 0.4).float().mean() > 0.85  # 0.03 at the start, 0.9997 for the data
+    assert (mode.bincount(minlength=4) / len(x) > 0.18).all()
+
+
+# The training script, the sampler on its checkpoint, the README ----------------------------------
+
+
+def write_mnist(folder, n=64):
+    """Write n random digits in the files that torchvision.datasets.MNIST reads."""
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split in "train", "t10k":
+        images = torch.randint(0, 256, (n, 28, 28), dtype=torch.uint8).numpy().tobytes()
+        labels = bytes(i % 10 for i in range(n))
+        header = struct.pack(">IIII", 2051, n, 28, 28), struct.pack(">II", 2049, n)
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(header[0] + images)
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(header[1] + labels)
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """Return a function that runs a script's main as the command line does, in this process."""
+
+    def call(module, *flags):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+        try:
+            meanflow.run(module.main)
+        except SystemExit as end:
+            return end.code, capfd.readouterr().err
+        return 0, capfd.readouterr().err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with data and a finished run of train_mnist.py in `run`, from the command line."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_mnist(folder / "data")
+    flags = "--steps 5 --batch-size 8 --log-every 2 --lambda-schedule linear --out run"
+    command = [sys.executable, ROOT / "train_mnist.py", *flags.split()]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "5/5" in result.stdout
+    return folder
+
+
+def test_training_writes_log_pictures_and_a_checkpoint(trained):
+    rows = list(csv.DictReader((trained / "run" / "log.csv").open()))
+    assert [int(row["step"]) for row in rows] == [2, 4, 5]
+    assert [float(row["lambda"]) for row in rows] == [0.5, 1.0, 1.0]
+    assert all(math.isfinite(float(value)) for row in rows for value in row.values())
+    names = {file.name for file in (trained / "run").iterdir()}
+    assert names == {"log.csv", "checkpoint.pt", "samples.png", "step-000005.png"}
+    assert Image.open(trained / "run" / "samples.png").size == (10 * 30 + 2, 12 * 30 + 2)
+
+
+def test_a_seed_repeats_a_training_and_another_does_not(trained, call, tmp_path):
+    logs = []
+    for seed in 3, 3, 4:
+        out = tmp_path / f"{len(logs)}"
+        flags = "--steps", 2, "--batch-size", 4, "--data", trained / "data", "--seed", seed
+        assert call(train_mnist, *flags, "--out", out)[0] == 0
+        logs.append(meanflow.load_checkpoint(out / "checkpoint.pt")["model"]["last.weight"])
+    assert torch.equal(logs[0], logs[1]) and not torch.equal(logs[0], logs[2])
+
+
+def test_the_sampler_draws_from_the_checkpoint(trained, call, tmp_path):
+    checkpoint, drawn = trained / "run" / "checkpoint.pt", {}
+    for name, seed, steps in ("a", 1, 1), ("b", 1, 1), ("c", 2, 1), ("d", 1, 2):
+        out = tmp_path / f"{name}.png"
+        flags = "--num", 20, "--seed", seed, "--steps", steps, "--out", out
+        assert call(meanflow, checkpoint, *flags) == (0, "")
+        drawn[name] = Image.open(out).tobytes()
+    assert Image.open(tmp_path / "a.png").size == (10 * 30 + 2, 2 * 30 + 2)
+    assert drawn["a"] == drawn["b"] and len(set(drawn.values())) == 3
+    many = tmp_path / "new" / "many"
+    assert call(meanflow, checkpoint, "--num", 3, "--out", many) == (0, "")
+    assert sorted(file.name for file in many.iterdir()) == [f"{i:06}.png" for i in range(3)]
+    assert Image.open(many / "000002.png").size == (28, 28)
+
+
+def test_pictures_come_from_the_averaged_weights(trained, call, tmp_path):
+    checkpoint = meanflow.load_checkpoint(trained / "run" / "checkpoint.pt")
+    net = UNet(**checkpoint["unet"])
+    net.load_state_dict(checkpoint["ema"])
+    meanflow.save_images(meanflow.draw(net, 80), tmp_path / "average.png")
+    assert Image.open(tmp_path / "average.png") == Image.open(trained / "run" / "step-000005.png")
+    assert not torch.equal(checkpoint["ema"]["last.weight"], checkpoint["model"]["last.weight"])
+
+
+def one_line(result):
+    status, error = result
+    assert status == 2 and error.count("\n") == 1 and "error" in error, result
+    return error
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a checkpoint", b"PK\x03\x04 damaged"])
+def test_the_sampler_refuses_what_is_no_checkpoint(call, tmp_path, content):
+    if content is not None:
+        (tmp_path / "x.pt").write_bytes(content)
+    out = tmp_path / "samples.png"
+    assert "x.pt" in one_line(call(meanflow, tmp_path / "x.pt", "--out", out))
+    assert not out.exists()
+
+
+def test_the_sampler_refuses_a_foreign_checkpoint(call, tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "x.pt")
+    assert "x.pt is not a checkpoint" in one_line(call(meanflow, tmp_path / "x.pt"))
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("--steps", 0),
+        ("--steps", 1.5),
+        ("--batch-size", -1),
+        ("--lr", 0),
+        ("--lr", "nan"),
+        ("--lr", "inf"),
+        ("--ema", 1),
+        ("--lambda-max", 1.1),
+        ("--lambda-schedule", "sine"),
+        ("--lambda-warmup", 1_000_000),
+        ("--lr-warmup", 1_000_000),
+        ("--device", "gpu"),
+        ("--lambda-shedule", "linear"),
+    ],
+)
+def test_a_wrong_flag_ends_with_one_line_and_nothing_written(trained, call, tmp_path, flag, value):
+    out = tmp_path / "new"
+    result = call(train_mnist, "--data", trained / "data", "--out", out, flag, value)
+    assert flag in one_line(result)
+    assert not out.exists()
+
+
+def test_no_data_and_no_network_leaves_nothing_behind(call, tmp_path, monkeypatch):
+    for name in "http_proxy", "https_proxy":
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    error = one_line(call(train_mnist, "--data", tmp_path / "data", "--out", tmp_path / "out"))
+    assert str(tmp_path / "data") in error and "--data" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unwritable_folder_is_named(trained, call, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    result = call(train_mnist, "--data", trained / "data", "--out", tmp_path / "file")
+    assert str(tmp_path / "file") in one_line(result)
+
+
+def test_the_first_block_of_the_readme_runs():
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    names = {"batches": [torch.randn(8, 1, 28, 28)] * 2}
+    exec(block, names)
+    assert names["images"].shape == (64, 1, 28, 28)
