@@ -10,7 +10,7 @@ def main():
     parser = meanflow.train_parser(
         __doc__,
         out="runs/mnist",
-        steps=3_500,
+        steps=4_000,
         batch_size=64,
         lr=3e-3,
         lr_decay=True,
