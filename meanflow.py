@@ -29,23 +29,30 @@ import math
 import os
 import pickle
 import shutil
+import signal
 import sys
 import tempfile
 import time
+import warnings
 from contextlib import contextmanager
-from functools import partial
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
+class UserError(ValueError):
+    """A mistake of the caller's or the user's; scripts show it in one line."""
+
+
 def _require(condition, message):
     if not condition:
-        raise ValueError(message)
+        raise UserError(message)
 
 
 def _require_like(name, value, like):
@@ -374,13 +381,17 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.last(F.silu(self.norm(h))), self.patch)
 
 
-# Training on images; a project with a training loop of its own can cut the file off here ----------
+# Training on images; who has a training loop cuts the file off here ------------------------------
 
-FORMAT = "meanflow 1"  # of checkpoints
-
-
-class UserError(ValueError):
-    """A mistake that the user can mend; `run` shows it in one line."""
+DefaultsShown = argparse.ArgumentDefaultsHelpFormatter
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+CUDA = "cuda" if torch.cuda.is_available() else "cpu"
+TIMES = "jump_share", "t_logit", "r_logit"
+FORMAT = "meanflow 2"  # of checkpoints
+PATIENCE = 20  # steps in a row without a finite gradient
+UNREADABLE = OSError, EOFError, RuntimeError, ValueError, AssertionError, pickle.UnpicklingError
+RESUMABLE = {"data", "out", "device", "resume", "compile", "tensorboard"}  # settings that may
+RESUMABLE |= {"log_every", "sample_every", "checkpoint_every"}  # change when training goes on
 
 
 class _Parser(argparse.ArgumentParser):
@@ -390,10 +401,13 @@ class _Parser(argparse.ArgumentParser):
 
 def run(main):
     """Call main() for a script: what the user can mend ends it with one line and status 2."""
+    warnings.filterwarnings("ignore", ".*torch.jit.script", FutureWarning)  # torch's own affair
     try:
         main()
     except (UserError, OSError) as error:
         _Parser().error(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _number(kind, interval):
@@ -410,6 +424,11 @@ def _number(kind, interval):
     return number
 
 
+COUNT, STEPS = _number(int, "[1, inf)"), _number(int, "[0, inf)")
+POSITIVE, SHARE = _number(float, "(0, inf)"), _number(float, "[0, 1]")
+DECAY = _number(float, "[0, 1)")
+
+
 def _device(name):
     try:
         return str(torch.empty(0, device=name).device)
@@ -417,23 +436,15 @@ def _device(name):
         raise argparse.ArgumentTypeError(f"{name}: {str(error).splitlines()[0]}") from error
 
 
-COUNT, STEPS = _number(int, "[1, inf)"), _number(int, "[0, inf)")
-POSITIVE, SHARE = _number(float, "(0, inf)"), _number(float, "[0, 1]")
-DECAY = _number(float, "[0, 1)")
-CUDA = "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def train_parser(description, **defaults):
     """Return the command line of a training script, which may set defaults of its own."""
-    parser = _Parser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = _Parser(description=description, formatter_class=DefaultsShown)
     flag, switch = parser.add_argument, argparse.BooleanOptionalAction
     normal = {"type": float, "nargs": 2, "metavar": ("MEAN", "STD")}
     flag("--data", default="data", help="folder of the data set, downloaded there if absent")
     flag("--out", default="runs", help="folder for checkpoint.pt, log.csv and pictures")
     flag("--steps", type=COUNT, default=100_000, help="training steps")
-    flag("--batch-size", type=COUNT, default=64, help="images per step")
+    flag("--batch-size", type=COUNT, default=64, help="images per step, over all processes")
     flag("--lr", type=POSITIVE, default=1e-3, help="peak learning rate of Adam")
     flag("--lr-warmup", type=STEPS, help="steps in which it rises; without it a 50th of all")
     flag("--lr-decay", action=switch, default=False, help="let it fall to 0 along a cosine")
@@ -445,13 +456,17 @@ def train_parser(description, **defaults):
     flag("--lambda-warmup", type=STEPS, help="steps in which λ rises; without it half of all")
     flag("--tangent", choices=TANGENTS, default="conditional", help="direction of du/dt")
     flag("--jump-share", type=SHARE, default=0.25, help="share of samples with r < t")
-    flag("--t-logit", **normal, default=(-0.4, 1.0), help="normal distribution of logit(t)")
+    flag("--t-logit", **normal, default=[-0.4, 1.0], help="normal distribution of logit(t)")
     flag("--r-logit", **normal, help="of logit(r), clipped to t; without it sorted draws of t")
     flag("--p", type=_number(float, "[0, inf)"), default=0.75, help="power of the weight's base")
     flag("--c", type=POSITIVE, default=1e-3, help="offset of the weight (||e||² + c)^-p")
     flag("--class-cond", action=switch, default=False, help="condition on the labels")
     flag("--seed", type=STEPS, default=0, help="seed of all random numbers")
     flag("--device", type=_device, default=CUDA, help="device to train on")
+    flag("--amp", choices=PRECISIONS, help="network's precision; without it float32 on a CPU")
+    flag("--compile", action=switch, default=False, help="compile the loss, the JVP inside")
+    flag("--resume", action="store_true", help="go on from the checkpoint in --out, if any")
+    flag("--tensorboard", action="store_true", help="write TensorBoard's files as well")
     flag("--log-every", type=COUNT, default=20, help="steps per row of log.csv and progress line")
     flag("--sample-every", type=COUNT, default=500, help="steps between pictures of samples")
     flag("--checkpoint-every", type=COUNT, default=500, help="steps between checkpoints")
@@ -462,19 +477,19 @@ def train_parser(description, **defaults):
 def load_dataset(dataset, data):
     """Return torchvision's training set `dataset` in the folder `data`, downloaded if not there.
 
-    It arrives whole or not at all. Raises UserError where there is neither data nor network.
+    It arrives whole or not at all. Raises ValueError where there is neither data nor network.
     """
     try:
         return dataset(data)
-    except RuntimeError:  # torchvision: not found
+    except UNREADABLE:  # or not there
         folder = Path(data).absolute()
     parent = next(parent for parent in folder.parents if parent.exists())
     with tempfile.TemporaryDirectory(prefix=".download-", dir=parent) as temporary:
         try:
             dataset(temporary, download=True)
-        except (RuntimeError, OSError) as error:
-            hint = "copy it there or name its folder with --data"
-            raise UserError(f"no {dataset.__name__} in {folder}, no download: {hint}") from error
+        except UNREADABLE as error:
+            what = f"no complete {dataset.__name__} in {folder} and no download"
+            raise UserError(f"{what}: copy it there or name its folder with --data") from error
         shutil.copytree(temporary, folder, copy_function=os.replace, dirs_exist_ok=True)
     return dataset(data)
 
@@ -486,6 +501,8 @@ def _replacing(file):
     try:
         yield temporary
         os.replace(temporary, file)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot write {file}: {str(error).splitlines()[0]}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -508,106 +525,274 @@ def save_images(images, file, *, columns=10):
 
 
 def load_checkpoint(file):
-    """Return the dict that `train` saved. Raises UserError for a missing or another file."""
+    """Return the dict that `train` saved. Raises ValueError for a missing or another file."""
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         raise UserError(f"cannot read a checkpoint from {file}: {type(error).__name__}") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise UserError(f"{file} is not a checkpoint of this meanflow.py")
+    known = isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT
+    _require(known, f"{file} is not a checkpoint of this version of meanflow.py")
     return checkpoint
 
 
-def train(model, images, labels, args):
+def train(model, images, labels, args, *, flip=False):
     """Train the UNet `model`; write checkpoint.pt, log.csv and pictures into args.out.
 
     images  uint8 (N, C, H, W)
     labels  int64 (N,), or None for an unconditional model
     args    settings, from `train_parser`
-    Returns the model with averaged weights. Raises UserError for settings that contradict.
+    flip    mirror each image with probability 1/2
+    Under torchrun each process takes its part of the batch. Returns the model with the averaged
+    weights. Raises ValueError for what the user can mend, and SystemExit after a SIGINT or SIGTERM,
+    once the checkpoint is written.
     """
-    for name in "lambda_warmup", "lr_warmup":
-        if (getattr(args, name) or 0) > args.steps:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {getattr(args, name)} is beyond the last step, {args.steps}")
-    warmup = args.steps // 2 if args.lambda_warmup is None else args.lambda_warmup
+    args = argparse.Namespace(**vars(args))
+    with _processes(args) as (rank, world), _signals() as caught:
+        lam, checkpoint = (
+            _settle(args, model, images, labels, world),
+            Path(args.out, "checkpoint.pt"),
+        )
+        run = _Run(model, args, world)
+        if args.resume and checkpoint.exists():
+            run.resume(checkpoint)
+        log = _Log(run, rank)
+        images, labels = images.to(args.device), None if labels is None else labels.to(args.device)
+        n, times = args.batch_size // world, {name: getattr(args, name) for name in TIMES}
+        while run.step < args.steps:
+            torch.manual_seed(
+                hash((args.seed, run.step, rank))
+            )  # so resuming needs no random state
+            i = torch.randint(len(images), (n,), device=args.device)
+            x0, y = images[i].float() / 127.5 - 1, None if labels is None else labels[i]
+            if flip:
+                x0 = torch.where(torch.rand_like(x0[:, :1, :1, :1]) < 0.5, x0.flip(3), x0)
+            r, t = sample_times(n, **times, device=args.device)
+            now = lam(run.step)
+            run.update(x0, now, y, r, t)
+
+            intervals = args.log_every, args.sample_every, args.checkpoint_every
+            logs, draws, saves = (run.step % n == 0 or run.step == args.steps for n in intervals)
+            stop = _agree(caught, world, logs, args.device)
+            if logs or saves or stop:
+                log.write(now)
+            if draws:
+                log.draw(f"step-{run.step:06}.png")
+            if (saves or stop) and rank == 0:
+                run.save(checkpoint)
+            if stop:
+                print(f"\nstopped after step {run.step}; the same command with --resume goes on")
+                raise SystemExit(128 + stop)
+        log.draw("samples.png", 40, steps=(1, 2, 4))  # four rows of each
+        return run.average.module
+
+
+def _settle(args, model, images, labels, world):
+    """Fill in settings that depend on others, refuse what cannot be, return the schedule of λ."""
+    for name, default in ("lr_warmup", args.steps // 50), ("lambda_warmup", args.steps // 2):
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        setattr(args, name, default if value is None else value)
+        _require(
+            (value or 0) <= args.steps, f"{flag} {value} is beyond the last step, {args.steps}"
+        )
+    for flag, pair in ("--t-logit", args.t_logit), ("--r-logit", args.r_logit):
+        _require(not pair or pair[1] >= 0, f"{flag} {pair}: the standard deviation is below 0")
+    cpu, size = args.device == "cpu", args.batch_size
+    if args.amp is None:
+        bf16 = not cpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.amp = "off" if cpu else "bf16" if bf16 else "fp16"
+    _require(args.amp != "fp16" or not cpu, "--amp fp16 needs a GPU; --amp bf16 does not")
+    _require(size % world == 0, f"--batch-size {size} does not divide by {world} processes")
+    _require(not args.tensorboard or find_spec("tensorboard"), "--tensorboard: it is not installed")
+    fit = images.dtype == torch.uint8 and images.shape[1:] == model.shape
+    _require(fit, f"images must be uint8 (N, *{model.shape}), got {tuple(images.shape)}")
+    if labels is not None:
+        low, high = int(labels.min()), int(labels.max())
+        fit = low >= 0 and high < model.classes
+        _require(fit, f"labels go from {low} to {high}, the model has {model.classes} classes")
+    old = any(Path(args.out, name).exists() for name in ("checkpoint.pt", "log.csv"))
+    _require(args.resume or not old, f"{args.out} holds a run: --resume it, or name another --out")
     maximum = args.lambda_max if args.lambda_schedule else 0.0
-    lam = lambda_schedule(args.lambda_schedule or "constant", warmup=warmup, maximum=maximum)
-    out, device = Path(args.out), args.device
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
-    images, labels = images.to(device), None if labels is None else labels.to(device)
-    model.to(device).train()
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, (0.9, args.beta2), fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_lr_factor, args))
-    times = {"jump_share": args.jump_share, "t_logit": args.t_logit, "r_logit": args.r_logit}
-    log, jumps = _Log(out / "log.csv", args), round(args.jump_share * args.batch_size)
-
-    for step in range(1, args.steps + 1):
-        i = torch.randint(len(images), (args.batch_size,), device=device)
-        x0, y = images[i].float() / 127.5 - 1, None if labels is None else labels[i]
-        r, t = sample_times(args.batch_size, **times, device=device)
-        modulation = {"tangent": args.tangent, "p": args.p, "c": args.c}
-        loss, err = meanflow_loss(model, x0, lam(step - 1), y, r=r, t=t, **modulation)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        optimizer.step()
-        scheduler.step()
-        average.update_parameters(model)
-
-        log.steps.append(torch.stack((loss.detach(), err[jumps:].mean(), err[:jumps].mean(), norm)))
-        last = step == args.steps
-        if last or step % args.log_every == 0:
-            log.write(step, lam(step - 1))
-        if last or step % args.sample_every == 0:
-            save_images(draw(average.module, 80, seed=args.seed), out / f"step-{step:06}.png")
-        if last or step % args.checkpoint_every == 0:
-            objects = {"model": model, "ema": average.module, "optimizer": optimizer}
-            states = {name: value.state_dict() for name, value in objects.items()}
-            about = {"format": FORMAT, "unet": model.config, "step": step, "args": vars(args)}
-            with _replacing(out / "checkpoint.pt") as temporary:
-                torch.save(about | states, temporary)
-    rows = [draw(average.module, 40, steps=n, seed=args.seed) for n in (1, 2, 4)]
-    save_images(torch.cat(rows), out / "samples.png")
-    print(f"{out / 'samples.png'}: four rows each in 1, 2 and 4 steps")
-    return average.module
+    schedule = args.lambda_schedule or "constant"
+    return lambda_schedule(schedule, warmup=args.lambda_warmup, maximum=maximum)
 
 
-def _lr_factor(args, step):
-    warmup = args.steps // 50 if args.lr_warmup is None else args.lr_warmup
-    decay = (1 + math.cos(math.pi * step / args.steps)) / 2 if args.lr_decay else 1.0
-    return decay * min(1.0, (step + 1) / max(1, warmup))
+@contextmanager
+def _processes(args):
+    """Join the processes that torchrun started, if it did; yield the rank and their number."""
+    if "LOCAL_RANK" not in os.environ:
+        yield 0, 1
+        return
+    cuda = args.device.startswith("cuda")
+    if cuda:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _signals():
+    """Yield a list that the numbers of SIGINT and SIGTERM are appended to when they come."""
+    caught, note = [], lambda number, frame: caught.append(number)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _agree(caught, world, due, device):
+    """Return the signal that came, or 0; several processes must agree, and do so when due."""
+    if world == 1 or not due:
+        return max(caught, default=0) if world == 1 else 0
+    vote = torch.tensor(max(caught, default=0), device=device)
+    dist.all_reduce(vote, dist.ReduceOp.MAX)
+    return int(vote)
+
+
+class Objective(nn.Module):
+    """`meanflow_loss` as a module: so DistributedDataParallel has the whole JVP on its inside."""
+
+    def __init__(self, model, **options):
+        super().__init__()
+        self.model, self.options = model, options
+
+    def forward(self, x0, lam, y, r, t):
+        return meanflow_loss(self.model, x0, lam, y, r=r, t=t, **self.options)
+
+
+class _Run:
+    """A training under way: what a checkpoint holds, an update of it, and its log."""
+
+    def __init__(self, model, args, world):
+        self.model, self.args, self.world = model.to(args.device).train(), args, world
+        self.step, self.seconds, self.recent, self.lost = 0, 0.0, [], 0
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
+        self.optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, args.beta2), fused=True)
+        self.scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")
+        self.parts = {"model": model, "ema": self.average.module}
+        self.parts |= {"optimizer": self.optimizer, "scaler": self.scaler}
+        self.objective = Objective(model, tangent=args.tangent, p=args.p, c=args.c)
+        if args.compile:
+            self.objective.compile()
+        if world > 1:
+            self.objective = nn.parallel.DistributedDataParallel(self.objective)
+
+    def update(self, x0, lam, y, r, t):
+        """Take a step, without effect if its gradient is not finite."""
+        args = self.args
+        with torch.autocast(x0.device.type, PRECISIONS[args.amp], enabled=args.amp != "off"):
+            loss, err = self.objective(x0, lam, y, r, t)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), args.clip)
+        self.optimizer.found_inf = (~norm.isfinite()).float()  # then fused Adam changes nothing
+        decay = (1 + math.cos(math.pi * self.step / args.steps)) / 2 if args.lr_decay else 1.0
+        rise = min(1.0, (self.step + 1) / max(1, args.lr_warmup))
+        self.optimizer.param_groups[0]["lr"] = args.lr * rise * decay
+        self.optimizer.step()
+        self.scaler.update()
+        self.average.update_parameters(self.model)
+        self.step += 1
+        jumps = round(args.jump_share * len(x0))  # the samples with r < t, which come first
+        means = loss.detach(), err[jumps:].mean(), err[:jumps].mean(), norm
+        self.recent.append(torch.stack(means))  # on the device, which is not waited for
+
+    def save(self, file):
+        finite = all(p.isfinite().all() for p in self.model.parameters())
+        _require(finite, f"weights are not finite after step {self.step}; {file} is an earlier one")
+        about = {"format": FORMAT, "unet": self.model.config, "args": vars(self.args)}
+        about |= {"step": self.step, "seconds": self.seconds}
+        with _replacing(file) as temporary:
+            torch.save(about | {k: part.state_dict() for k, part in self.parts.items()}, temporary)
+
+    def resume(self, file):
+        checkpoint = load_checkpoint(file)
+        was = checkpoint["args"] | checkpoint["unet"]
+        now = vars(self.args) | self.model.config
+        for name in sorted(was.keys() - RESUMABLE - (set() if self.args.lr_decay else {"steps"})):
+            flag = name.replace("_", "-")
+            message = f"{flag} was {was[name]} in {file}, now it is {now.get(name)}"
+            _require(was[name] == now.get(name), message)
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(checkpoint[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(f"{file} is damaged: {str(error).splitlines()[0]}") from error
+        self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
+        self.average.n_averaged.fill_(self.step)  # at 0 the first update would copy the weights
 
 
 class _Log:
-    """log.csv and the progress line, from steps' (loss, err at r = t, err at r < t, grad norm)."""
+    """log.csv, the progress line and, if asked for, TensorBoard; only the first process writes."""
 
-    def __init__(self, file, args):
-        self.file, self.args, self.steps = file, args, []
-        self.start = self.mark = time.perf_counter()
-        file.write_text("step,loss,err_flow,err_jump,lambda,grad_norm,images_per_second,seconds\n")
+    COLUMNS = ("step", "loss", "err_flow", "err_jump", "lambda", "grad_norm", "skipped",
+               "images_per_second", "seconds")  # fmt: skip
 
-    def write(self, step, lam):
-        """Write the means of the steps since the last row."""
-        loss, flow, jump, norm = torch.stack(self.steps).mean(0).tolist()
+    def __init__(self, run, rank):
+        args, self.file, self.board = run.args, Path(run.args.out) / "log.csv", None
+        self.run, self.writes, self.mark = run, rank == 0, time.perf_counter()
+        if not self.writes:
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        rows = self.file.read_text().splitlines(keepends=True)[1:] if self.file.exists() else []
+        rows = [row for row in rows if row[-1] == "\n" and int(row.split(",")[0]) <= run.step]
+        with _replacing(self.file) as temporary:
+            temporary.write_text(",".join(self.COLUMNS) + "\n" + "".join(rows))
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(args.out, purge_step=run.step + 1)
+
+    def write(self, lam):
+        """Write means over the steps since the last row; raise ValueError if all goes wrong."""
+        run, args, steps = self.run, self.run.args, torch.stack(self.run.recent)
+        good = steps[:, 3].isfinite()
+        means = steps[good].mean(0)
+        if run.world > 1:
+            dist.all_reduce(means)
+        for finite in good.tolist():
+            run.lost = 0 if finite else run.lost + 1
+        loss, flow, jump, norm = (means / run.world).tolist()
         now = time.perf_counter()
-        pace, self.mark, self.steps = (now - self.mark) / len(self.steps), now, []
-        speed, left = self.args.batch_size / pace, (self.args.steps - step) * pace
-        row = loss, flow, jump, lam, norm, speed, now - self.start
-        with open(self.file, "a") as file:
-            print(step, *(f"{value:.6g}" for value in row), sep=",", file=file)
-        line = f"{step}/{self.args.steps}  err {flow:.4f} (r = t) {jump:.4f} (r < t)  λ {lam:.2f}"
-        line += f"  {speed:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left "
-        print(line, end="\r" if sys.stdout.isatty() and left else "\n", flush=True)
+        pace, self.mark, run.recent = (now - self.mark) / len(steps), now, []
+        run.seconds += pace * len(steps)
+        speed, left = args.batch_size / pace, (args.steps - run.step) * pace
+        row = run.step, loss, flow, jump, lam, norm, int((~good).sum()), speed, run.seconds
+        if self.writes:
+            with open(self.file, "a") as file:
+                print(*(f"{value:.8g}" for value in row), sep=",", file=file)
+            line = (
+                f"{run.step}/{args.steps}  err {flow:.4f} (r = t) {jump:.4f} (r < t)  λ {lam:.2f}"
+            )
+            line += f"  {speed:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left "
+            print(line, end="\r" if sys.stdout.isatty() and left else "\n", flush=True)
+        for name, value in zip(self.COLUMNS, row, strict=True) if self.board else ():
+            self.board.add_scalar(name, value, run.step)
+        message = (
+            f"no finite gradient in {run.lost} steps up to step {run.step}; the last checkpoint"
+        )
+        _require(run.lost < PATIENCE, f"{message} in {args.out} is from before")
+
+    def draw(self, name, num=80, steps=(1,)):
+        """Write a picture of `num` samples in each number of steps."""
+        if not self.writes:
+            return
+        model, seed = self.run.average.module, self.run.args.seed
+        images = torch.cat([draw(model, num, steps=n, seed=seed) for n in steps])
+        save_images(images, self.file.with_name(name))
+        if self.board:
+            self.board.add_images("samples", images.clamp(-1, 1) / 2 + 0.5, self.run.step)
 
 
 def main():
     """Draw samples from a checkpoint, into one PNG or into a folder with one for each."""
-    parser = _Parser(
-        description=main.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = _Parser(description=main.__doc__, formatter_class=DefaultsShown)
     parser.add_argument("checkpoint", help="file that training wrote")
     parser.add_argument("--steps", type=COUNT, default=1, help="network evaluations per image")
     parser.add_argument("--num", type=COUNT, default=80, help="number of images")
