@@ -2,10 +2,15 @@
 
 import csv
 import math
+import os
+import pickle
 import re
+import signal
+import socket
 import struct
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -14,6 +19,7 @@ from PIL import Image
 from torch import nn
 
 import meanflow
+import train_cifar
 import train_mnist
 from meanflow import (
     LAMBDA_SCHEDULES,
@@ -465,7 +471,7 @@ def test_one_step_samples_of_a_learned_mixture_hit_its_modes():
     assert (mode.bincount(minlength=4) / len(x) > 0.18).all()
 
 
-# The training script, the sampler on its checkpoint, the README ----------------------------------
+# The training script and the sampler on its checkpoint ----------------------------------
 
 
 def write_mnist(folder, n=64):
@@ -609,6 +615,330 @@ def test_an_unwritable_folder_is_named(trained, call, tmp_path):
     (tmp_path / "file").write_text("in the way")
     result = call(train_mnist, "--data", trained / "data", "--out", tmp_path / "file")
     assert str(tmp_path / "file") in one_line(result)
+
+
+# Training that can be trusted: precision, processes, resuming, faults ---------------------------
+
+
+@pytest.fixture
+def mnist(trained, call, tmp_path):
+    """Return a function that trains in tmp_path / "run" with flags, one a word or a pair."""
+
+    def mnist(*flags, out="run"):
+        small = "--batch-size", 4, "--data", trained / "data", "--out", tmp_path / out
+        return call(train_mnist, *small, *flags)
+
+    return mnist
+
+
+def weights(out):
+    checkpoint = meanflow.load_checkpoint(out / "checkpoint.pt")
+    return {k: v for part in ("model", "ema") for k, v in checkpoint[part].items()}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("lam", [0.0, 1.0])
+@pytest.mark.parametrize("tangent", meanflow.TANGENTS)
+def test_bf16_keeps_the_direction_of_every_gradient(device, lam, tangent):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    net = small_unet(classes=3, size=16, width=16).float().to(device)
+    x0, given = batch(n=32, shape=(1, 16, 16))
+    given = {name: value.float().to(device) for name, value in given.items()}
+    y = torch.arange(32, device=device) % 3
+    grads = []
+    for enabled in False, True:
+        with torch.autocast(device, torch.bfloat16, enabled=enabled):
+            loss, err = meanflow_loss(net, x0.float().to(device), lam, y, **given, tangent=tangent)
+        assert loss.dtype == err.dtype == torch.float32
+        grads.append(torch.autograd.grad(loss, list(net.parameters())))
+    for exact, low in zip(*grads, strict=True):
+        assert low.dtype == torch.float32 and low.abs().sum() > 0
+        assert torch.cosine_similarity(exact.flatten(), low.flatten(), 0) > 0.98
+
+
+def joined_gradient(rank, world, lam, tangent):
+    """The gradient of a fixed batch, of which this rank sees its part, through DDP if world > 1."""
+    torch.manual_seed(0)
+    net, (x0, given) = small_unet(), batch(n=8, shape=(1, 8, 8))
+    part = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    objective = meanflow.Objective(net, tangent=tangent)
+    if world > 1:
+        objective = nn.parallel.DistributedDataParallel(objective)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randn_like", lambda x: given["x1"][part])
+        loss, _ = objective(x0[part], lam, None, given["r"][part], given["t"][part])
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in net.parameters()])
+
+
+CASES = [(lam, tangent) for lam in (0.0, 0.3, 1.0) for tangent in meanflow.TANGENTS]
+
+
+def worker(rank, folder):
+    """One of two processes: gradients for all CASES, then a short training; both are saved."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": (folder / "port").read_text()}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    grads = [joined_gradient(rank, 2, *case) for case in CASES]
+    torch.distributed.destroy_process_group()
+    flags = f"--steps 4 --batch-size 6 --log-every 2 --lambda-schedule linear --out {folder}/run"
+    args = meanflow.train_parser("", lr=1e-2).parse_args(flags.split())
+    torch.manual_seed(rank)
+    net = UNet(1, size=8, width=8)
+    images = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8)
+    meanflow.train(net, images, None, args)
+    torch.save((grads, net.state_dict()), folder / f"{rank}.pt")
+
+
+def test_two_processes_make_one_training(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (tmp_path / "port").write_text(str(free.getsockname()[1]))
+    torch.multiprocessing.spawn(worker, (tmp_path,), nprocs=2)
+    (grads, net), (other_grads, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for case, one, two in zip(CASES, grads, other_grads, strict=True):
+        assert_close(one, joined_gradient(0, 1, *case), rtol=1e-12, atol=1e-14)
+        assert torch.equal(one, two)
+    assert all(torch.equal(net[name], other[name]) for name in net)
+    saved = meanflow.load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert saved["step"] == 4 and torch.equal(saved["model"]["last.bias"], net["last.bias"])
+
+
+STEPS = "--steps", 30, "--log-every", 3, "--checkpoint-every", 5, "--lambda-schedule", "linear"
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_training_resumes_to_the_same_bits(trained, mnist, tmp_path, end):
+    flags = ["--batch-size", 4, "--data", trained / "data", "--out", tmp_path / "run", *STEPS]
+    command = [sys.executable, ROOT / "train_mnist.py", *map(str, flags)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith(("9/30", "11/30", "12/30")):
+            process.send_signal(end)
+            break
+    output, error = process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(end, -end)
+    assert not error
+    stopped = meanflow.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"]
+    assert 5 <= stopped < 30 and ("--resume" in output) == (end != signal.SIGKILL)
+    assert mnist(*STEPS, "--resume")[0] == 0
+    assert mnist(*STEPS, out="whole")[0] == 0
+    resumed, whole = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    logs = [list(csv.DictReader((tmp_path / o / "log.csv").open())) for o in ("run", "whole")]
+    steps = [[int(row["step"]) for row in log] for log in logs]
+    assert steps[0] == sorted({*steps[1], stopped}) and set(steps[1]) >= {3, 5, 6, 9, 10, 30}
+    values = {row["step"]: (row["loss"], row["err_flow"], row["lambda"]) for row in logs[1]}
+    assert all(values[row["step"]] == (row["loss"], row["err_flow"], row["lambda"])
+               for row in logs[0] if row["step"] in values and int(row["step"]) <= 9)  # fmt: skip
+    seconds = [float(row["seconds"]) for row in logs[0]]
+    assert seconds == sorted(seconds)
+
+
+def test_resuming_without_a_checkpoint_starts_and_after_the_end_changes_nothing(mnist, tmp_path):
+    assert mnist("--steps", 2, "--resume")[0] == 0
+    before = weights(tmp_path / "run")
+    assert mnist("--steps", 2, "--resume")[0] == 0
+    after = weights(tmp_path / "run")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_existing_run_is_not_overwritten(mnist, tmp_path):
+    assert mnist("--steps", 2)[0] == 0
+    before = {file: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    assert "--resume" in one_line(mnist("--steps", 2))
+    assert before == {file: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+
+
+def spoil(monkeypatch, steps):
+    """Make the loss of the given steps, counted from 1, not a number."""
+    loss, count = meanflow.meanflow_loss, iter(range(1, 10_000))
+
+    def spoilt(*args, **options):
+        value, err = loss(*args, **options)
+        return value * (math.nan if next(count) in steps else 1.0), err
+
+    monkeypatch.setattr(meanflow, "meanflow_loss", spoilt)
+
+
+def test_an_isolated_nan_skips_that_update(mnist, tmp_path, monkeypatch):
+    spoil(monkeypatch, {2, 4})
+    assert mnist("--steps", 6, "--log-every", 3, "--checkpoint-every", 1)[0] == 0
+    rows = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
+    assert [int(row["skipped"]) for row in rows] == [0, 1, 0, 1, 0, 0]
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
+    steps = meanflow.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["optimizer"]["state"]
+    assert {int(state["step"]) for state in steps.values()} == {4}
+
+
+def test_lasting_nans_end_training_with_a_good_checkpoint(mnist, tmp_path, monkeypatch):
+    spoil(monkeypatch, range(4, 10_000))
+    error = one_line(mnist("--steps", 60, "--log-every", 10, "--checkpoint-every", 5))
+    assert "in 22 steps up to step 25" in error and str(tmp_path / "run") in error
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(mnist, tmp_path, monkeypatch):
+    flags = "--no-lr-decay", "--lr-warmup", 1, "--lambda-warmup", 1
+    assert mnist("--steps", 2, *flags)[0] == 0
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    step = meanflow._Run.update
+    monkeypatch.setattr(meanflow._Run, "update", lambda run, *rest: (
+        step(run, *rest), run.model.last.bias.data.fill_(math.inf)))  # fmt: skip
+    assert "not finite after step 3" in one_line(mnist("--steps", 3, "--resume", *flags))
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(trained, mnist, tmp_path):
+    resource = pytest.importorskip("resource")
+    flags = "--batch-size", 4, "--data", trained / "data", "--out", tmp_path / "run"
+    assert mnist("--steps", 2, "--no-lr-decay")[0] == 0
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    command = "train_mnist.py", *flags, "--steps", 4, "--no-lr-decay", "--resume"
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    result = subprocess.run([sys.executable, ROOT / command[0], *map(str, command[1:])],
+        capture_output=True, text=True, timeout=60, preexec_fn=limit)  # fmt: skip
+    assert "checkpoint.pt" in one_line((result.returncode, result.stderr))
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def change(file, **changes):
+    torch.save(torch.load(file, weights_only=True) | changes, file)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda file: file.write_bytes(b""), "cannot read a checkpoint"),
+        (lambda file: file.write_bytes(file.read_bytes()[:10_000]), "cannot read a checkpoint"),
+        (lambda file: torch.save([1, 2], file), "not a checkpoint"),
+        (lambda file: change(file, format="meanflow 0"), "not a checkpoint of this version"),
+        (lambda file: change(file, model={}), "damaged"),
+        (lambda file: change(file, optimizer={}), "damaged"),
+    ],
+)
+def test_resuming_names_what_is_wrong_with_the_checkpoint(mnist, tmp_path, damage, message):
+    assert mnist("--steps", 2)[0] == 0
+    damage(tmp_path / "run" / "checkpoint.pt")
+    error = one_line(mnist("--steps", 2, "--resume"))
+    assert message in error and "checkpoint.pt" in error
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--lr", 0.5), "lr was 0.003"),
+        (("--steps", 3), "steps was 2"),  # the learning rate's decay depends on them
+        (("--no-class-cond",), "class_cond was True"),
+        (("--lambda-schedule", "linear"), "lambda_schedule was None"),
+    ],
+)
+def test_resuming_refuses_other_settings(mnist, flags, message):
+    assert mnist("--steps", 2)[0] == 0
+    assert message in one_line(mnist("--steps", 2, *flags, "--resume")).replace("-", "_")
+
+
+def test_a_longer_training_can_go_on(mnist, tmp_path):
+    constant = "--no-lr-decay", "--lr-warmup", 1, "--lambda-warmup", 1
+    assert mnist("--steps", 2, *constant)[0] == 0
+    assert mnist("--steps", 4, *constant, "--resume")[0] == 0
+    assert mnist("--steps", 4, *constant, out="whole")[0] == 0
+    longer, whole = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    assert all(torch.equal(longer[name], whole[name]) for name in whole)
+
+
+def test_truncated_data_are_named(call, tmp_path, monkeypatch):
+    for name in "http_proxy", "https_proxy":
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    write_mnist(tmp_path / "data")
+    file = tmp_path / "data" / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    file.write_bytes(file.read_bytes()[:-100])
+    error = one_line(call(train_mnist, "--data", tmp_path / "data", "--out", tmp_path / "run"))
+    assert str(tmp_path / "data") in error and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "images, labels, message",
+    [
+        (torch.zeros(4, 1, 8, 8), None, "images must be uint8"),
+        (torch.zeros(4, 3, 8, 8, dtype=torch.uint8), None, r"images must be uint8.*\(4, 3, 8, 8\)"),
+        (torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 2, 3]), "from 0 to 3"),
+        (torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, -1, 2, 2]), "from -1 to 2"),
+    ],
+)
+def test_images_and_labels_that_do_not_fit_are_named(images, labels, message, tmp_path):
+    args = meanflow.train_parser("").parse_args(["--out", str(tmp_path / "run")])
+    with pytest.raises(ValueError, match=message):
+        meanflow.train(UNet(1, size=8, width=8, classes=3), images, labels, args)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_gets_scalars_and_pictures(mnist, monkeypatch, tmp_path):
+    monkeypatch.setattr(meanflow, "find_spec", lambda name: None)
+    assert "tensorboard" in one_line(mnist("--steps", 2, "--tensorboard"))
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            assert Path(folder) == tmp_path / "run" and purge_step == 1
+
+        def add_scalar(self, name, value, step):
+            written.append((name, step))
+
+        def add_images(self, name, images, step):
+            assert images.shape[1:] == (1, 28, 28) and images.min() >= 0 and images.max() <= 1
+            written.append((name, step))
+
+    monkeypatch.setattr(meanflow, "find_spec", lambda name: name)
+    fake = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    assert mnist("--steps", 2, "--log-every", 1, "--tensorboard")[0] == 0
+    assert {("loss", 1), ("loss", 2), ("err_jump", 2), ("lambda", 1), ("samples", 2)} <= {*written}
+
+
+def write_cifar(folder, monkeypatch, n=20):
+    """Write n random images in torchvision's files and take its check of their content off."""
+    (folder / "cifar-10-batches-py").mkdir(parents=True)
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        data = torch.randint(0, 256, (n, 3072), dtype=torch.uint8).numpy()
+        content = {"data": data, "labels": [i % 10 for i in range(n)]}
+        (folder / "cifar-10-batches-py" / name).write_bytes(pickle.dumps(content))
+    meta = pickle.dumps({"label_names": list("abcdefghij")})
+    (folder / "cifar-10-batches-py" / "batches.meta").write_bytes(meta)
+    cifar = train_cifar.CIFAR10
+    monkeypatch.setattr(cifar, "train_list", [[name, None] for name, _ in cifar.train_list])
+    monkeypatch.setattr(cifar, "test_list", [[name, None] for name, _ in cifar.test_list])
+    monkeypatch.setattr(cifar, "meta", cifar.meta | {"md5": None})
+
+
+@pytest.mark.parametrize("labels", [(), ("--class-cond",)])
+def test_cifar_trains_and_draws(call, tmp_path, monkeypatch, labels):
+    write_cifar(tmp_path / "data", monkeypatch)
+    flags = "--preset", "tiny", "--steps", 2, "--batch-size", 8, "--lambda-schedule", "linear"
+    place = "--data", tmp_path / "data", "--out", tmp_path / "run"
+    assert call(train_cifar, *flags, *place, *labels, "--amp", "bf16") == (0, "")
+    net = meanflow.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["unet"]
+    assert (net["channels"], net["size"], net["classes"]) == (3, 32, 10 if labels else 0)
+    assert Image.open(tmp_path / "run" / "samples.png").size == (10 * 34 + 2, 12 * 34 + 2)
+
+
+def test_flips_mirror_about_half_of_the_images(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(meanflow._Run, "update", lambda run, x0, *rest: (
+        seen.append(x0), setattr(run, "step", 1), run.recent.append(torch.zeros(4))))  # fmt: skip
+    images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    images[..., 0] = 255
+    flags = ["--steps", "1", "--batch-size", "100", "--out", str(tmp_path / "run")]
+    args = meanflow.train_parser("").parse_args(flags)
+    meanflow.train(UNet(1, size=8, width=8), images, None, args, flip=True)
+    left, right = (seen[0][..., column] == 1 for column in (0, -1))
+    assert torch.equal(left, ~right) and 30 < left[:, 0, 0].sum() < 70
+
+
+# The README -------------------------------------------------------------------------------------
 
 
 def test_the_first_block_of_the_readme_runs():
