@@ -385,8 +385,8 @@ class UNet(nn.Module):
 
 DefaultsShown = argparse.ArgumentDefaultsHelpFormatter
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
-CUDA = "cuda" if torch.cuda.is_available() else "cpu"
-TIMES = "jump_share", "t_logit", "r_logit"
+CUDA = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+DEVICES = ["cuda", *CUDA, "cpu"] if CUDA else ["cpu"]
 FORMAT = "meanflow 2"  # of checkpoints
 PATIENCE = 20  # steps in a row without a finite gradient
 UNREADABLE = OSError, EOFError, RuntimeError, ValueError, AssertionError, pickle.UnpicklingError
@@ -410,30 +410,20 @@ def run(main):
         sys.exit(130)
 
 
-def _number(kind, interval):
-    """Return the argparse type of numbers in an interval, written as in "(0, 1]"."""
-    low, high = map(float, interval[1:-1].split(","))
+def _number(kind, low, high=math.inf):
+    """Return the argparse type of finite numbers from low to high, both included."""
 
     def number(text):
         value = kind(text)
-        closed = (interval[0] == "[" and value == low) or (interval[-1] == "]" and value == high)
-        if not (low < value < high or closed):
-            raise argparse.ArgumentTypeError(f"must be in {interval}, got {text}")
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {text}")
         return value
 
     return number
 
 
-COUNT, STEPS = _number(int, "[1, inf)"), _number(int, "[0, inf)")
-POSITIVE, SHARE = _number(float, "(0, inf)"), _number(float, "[0, 1]")
-DECAY = _number(float, "[0, 1)")
-
-
-def _device(name):
-    try:
-        return str(torch.empty(0, device=name).device)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{name}: {str(error).splitlines()[0]}") from error
+COUNT, STEPS, POSITIVE = _number(int, 1), _number(int, 0), _number(float, 1e-12)
+SHARE, DECAY = _number(float, 0, 1), _number(float, 0, 1 - 1e-9)
 
 
 def train_parser(description, **defaults):
@@ -458,11 +448,11 @@ def train_parser(description, **defaults):
     flag("--jump-share", type=SHARE, default=0.25, help="share of samples with r < t")
     flag("--t-logit", **normal, default=[-0.4, 1.0], help="normal distribution of logit(t)")
     flag("--r-logit", **normal, help="of logit(r), clipped to t; without it sorted draws of t")
-    flag("--p", type=_number(float, "[0, inf)"), default=0.75, help="power of the weight's base")
+    flag("--p", type=_number(float, 0), default=0.75, help="power of the weight's base")
     flag("--c", type=POSITIVE, default=1e-3, help="offset of the weight (||e||² + c)^-p")
     flag("--class-cond", action=switch, default=False, help="condition on the labels")
     flag("--seed", type=STEPS, default=0, help="seed of all random numbers")
-    flag("--device", type=_device, default=CUDA, help="device to train on")
+    flag("--device", choices=DEVICES, default=DEVICES[0], help="device to train on")
     flag("--amp", choices=PRECISIONS, help="network's precision; without it float32 on a CPU")
     flag("--compile", action=switch, default=False, help="compile the loss, the JVP inside")
     flag("--resume", action="store_true", help="go on from the checkpoint in --out, if any")
@@ -548,20 +538,17 @@ def train(model, images, labels, args, *, flip=False):
     """
     args = argparse.Namespace(**vars(args))
     with _processes(args) as (rank, world), _signals() as caught:
-        lam, checkpoint = (
-            _settle(args, model, images, labels, world),
-            Path(args.out, "checkpoint.pt"),
-        )
+        lam = _settle(args, model, images, labels, world)
+        checkpoint = Path(args.out, "checkpoint.pt")
         run = _Run(model, args, world)
         if args.resume and checkpoint.exists():
             run.resume(checkpoint)
         log = _Log(run, rank)
         images, labels = images.to(args.device), None if labels is None else labels.to(args.device)
-        n, times = args.batch_size // world, {name: getattr(args, name) for name in TIMES}
+        n = args.batch_size // world
+        times = {k: getattr(args, k) for k in ("jump_share", "t_logit", "r_logit")}
         while run.step < args.steps:
-            torch.manual_seed(
-                hash((args.seed, run.step, rank))
-            )  # so resuming needs no random state
+            torch.manual_seed(hash((args.seed, run.step, rank)))  # leaves no state to resume
             i = torch.randint(len(images), (n,), device=args.device)
             x0, y = images[i].float() / 127.5 - 1, None if labels is None else labels[i]
             if flip:
@@ -591,9 +578,7 @@ def _settle(args, model, images, labels, world):
     for name, default in ("lr_warmup", args.steps // 50), ("lambda_warmup", args.steps // 2):
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
         setattr(args, name, default if value is None else value)
-        _require(
-            (value or 0) <= args.steps, f"{flag} {value} is beyond the last step, {args.steps}"
-        )
+        _require((value or 0) <= args.steps, f"{flag} {value} is beyond --steps {args.steps}")
     for flag, pair in ("--t-logit", args.t_logit), ("--r-logit", args.r_logit):
         _require(not pair or pair[1] >= 0, f"{flag} {pair}: the standard deviation is below 0")
     cpu, size = args.device == "cpu", args.batch_size
@@ -647,11 +632,10 @@ def _signals():
 
 def _agree(caught, world, due, device):
     """Return the signal that came, or 0; several processes must agree, and do so when due."""
-    if world == 1 or not due:
-        return max(caught, default=0) if world == 1 else 0
-    vote = torch.tensor(max(caught, default=0), device=device)
-    dist.all_reduce(vote, dist.ReduceOp.MAX)
-    return int(vote)
+    stop = torch.tensor(max(caught, default=0))
+    if world > 1 and due:
+        dist.all_reduce(stop := stop.to(device), dist.ReduceOp.MAX)
+    return int(stop) if world == 1 or due else 0
 
 
 class Objective(nn.Module):
@@ -767,17 +751,13 @@ class _Log:
         if self.writes:
             with open(self.file, "a") as file:
                 print(*(f"{value:.8g}" for value in row), sep=",", file=file)
-            line = (
-                f"{run.step}/{args.steps}  err {flow:.4f} (r = t) {jump:.4f} (r < t)  λ {lam:.2f}"
-            )
-            line += f"  {speed:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left "
+            line = f"{run.step}/{args.steps}  err {flow:.4f} (r = t) {jump:.4f} (r < t)  "
+            line += f"λ {lam:.2f}  {speed:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left "
             print(line, end="\r" if sys.stdout.isatty() and left else "\n", flush=True)
         for name, value in zip(self.COLUMNS, row, strict=True) if self.board else ():
             self.board.add_scalar(name, value, run.step)
-        message = (
-            f"no finite gradient in {run.lost} steps up to step {run.step}; the last checkpoint"
-        )
-        _require(run.lost < PATIENCE, f"{message} in {args.out} is from before")
+        lost = f"no finite gradient in {run.lost} steps up to step {run.step}"
+        _require(run.lost < PATIENCE, f"{lost}; the checkpoint in {args.out} is good")
 
     def draw(self, name, num=80, steps=(1,)):
         """Write a picture of `num` samples in each number of steps."""
@@ -798,17 +778,15 @@ def main():
     parser.add_argument("--num", type=COUNT, default=80, help="number of images")
     parser.add_argument("--out", default="samples.png", help="a .png for a grid, or a folder")
     parser.add_argument("--seed", type=STEPS, default=0, help="seed of the noise")
-    parser.add_argument("--device", type=_device, default=CUDA, help="device to draw on")
+    parser.add_argument("--device", choices=DEVICES, default=DEVICES[0], help="device to draw on")
     args = parser.parse_args()
     checkpoint, out = load_checkpoint(args.checkpoint), Path(args.out)
     model = UNet(**checkpoint["unet"]).to(args.device)
     model.load_state_dict(checkpoint["ema"])
     images, grid = draw(model, args.num, steps=args.steps, seed=args.seed), out.suffix == ".png"
     (out.parent if grid else out).mkdir(parents=True, exist_ok=True)
-    if grid:
-        return save_images(images, out)
-    for i, image in enumerate(images):
-        save_images(image, out / f"{i:06}.png")
+    for i, picture in enumerate([images] if grid else images):
+        save_images(picture, out if grid else out / f"{i:06}.png")
 
 
 if __name__ == "__main__":
