@@ -42,6 +42,7 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -142,16 +143,23 @@ def lambda_schedule(name, *, warmup, maximum=1.0):
 
 # The MeanFlow identity v = u + (t - r) du/dt as a loss -------------------------------------------
 
+_tangents_have_gradients = True
 TANGENTS = ("conditional", "marginal")
 
 
-def total_derivative(model, x_t, r, t, v, y=None):
+def total_derivative(model, x_t, r, t, v, y=None, *, gradients=True):
     """Return u(x_t, r, t) and du/dt = ∂u/∂x · v + ∂u/∂t, both shaped like x_t (B, ...).
 
     One forward-mode pass along (v, 0, 1), so dropout masks are shared by value and derivative.
+    gradients=False tells layers with a derivative of their own, see `Conv2d`, not to keep a graph.
     """
+    global _tangents_have_gradients
     directions = v, torch.zeros_like(r), torch.ones_like(t)
-    return torch.func.jvp(lambda x, r, t: _u(model, x, r, t, y), (x_t, r, t), directions)
+    _tangents_have_gradients = gradients
+    try:
+        return torch.func.jvp(lambda x, r, t: _u(model, x, r, t, y), (x_t, r, t), directions)
+    finally:
+        _tangents_have_gradients = True
 
 
 def meanflow_loss(
@@ -205,7 +213,8 @@ def _implied_velocity(model, x_t, r, t, v, y, lam, tangent):
     if tangent == "marginal":
         with torch.no_grad():
             v = _u(model, x_t, t, t, y).to(x_t.dtype)
-    u, dudt = total_derivative(model, x_t, r, t, v, y)
+    keep = torch.is_tensor(lam) or lam > 0
+    u, dudt = total_derivative(model, x_t, r, t, v, y, gradients=keep)
     return u + _like(t - r, u) * sg_lambda(dudt, lam)
 
 
@@ -246,14 +255,53 @@ def _zero(layer):
     return layer
 
 
+def _dual(x):
+    """Split x into its value and, under `total_derivative`, its tangent; else None."""
+    x, dx = forward_ad.unpack_dual(x)
+    return x, dx if dx is None or _tangents_have_gradients else dx.detach()
+
+
+class Conv2d(nn.Conv2d):
+    """Convolution with a derivative of its own, dy = W * dx: `jvp` by itself would also convolve
+    with the derivative of W, which is zero."""
+
+    def forward(self, x):
+        x, dx = _dual(x)
+        y = super().forward(x)
+        if dx is None:
+            return y
+        with torch.set_grad_enabled(_tangents_have_gradients and torch.is_grad_enabled()):
+            dy = self._conv_forward(dx, self.weight, None)
+        return forward_ad.make_dual(y, dy)
+
+
 class GroupNorm(nn.GroupNorm):
-    """Group norm over groups of 8 channels, in the precision of its weights also under autocast."""
+    """Group norm over 8 channels, in the precision of its weights, with a derivative of its own.
+
+    y = w n + b,  n = (x - mean) / std,  dy = w (dx - mean(dx) - n mean(n dx)) / std; the Jacobian
+    of n is symmetric, so where the derivative needs no gradient it is the kernel of the backward.
+    """
 
     def __init__(self, channels):
         super().__init__(channels // 8, channels)
 
     def forward(self, x):
-        return super().forward(x.to(self.weight.dtype))
+        x, dx = _dual(x.to(self.weight.dtype))
+        if dx is None:
+            return super().forward(x)
+        shape = len(x), x.shape[1], x[0, 0].numel(), self.num_groups
+        y, mean, rstd = torch.native_group_norm(x, self.weight, self.bias, *shape, self.eps)
+        if _tangents_have_gradients:
+            x, d = (z.unflatten(1, (self.num_groups, -1)) for z in (x, dx))
+            average = lambda z: z.mean((2, 3, 4), keepdim=True)
+            x = x - average(x)
+            rstd = (average(x * x) + self.eps).rsqrt()
+            n = x * rstd
+            dn = ((d - average(d) - n * average(n * d)) * rstd).flatten(1, 2)
+        else:
+            backward = torch.ops.aten.native_group_norm_backward
+            dn = backward(dx, x.detach(), mean, rstd, None, *shape, [True, False, False])[0]
+        return forward_ad.make_dual(y, dn * self.weight[:, None, None])
 
 
 class Embedding(nn.Module):
@@ -282,12 +330,12 @@ class Block(nn.Module):
     def __init__(self, inputs, outputs, features, dropout, attend):
         super().__init__()
         self.norm1 = GroupNorm(inputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.conv1 = Conv2d(inputs, outputs, 3, padding=1)
         self.modulate = nn.Linear(features, 2 * outputs)
         self.norm2 = GroupNorm(outputs)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = _zero(nn.Conv2d(outputs, outputs, 3, padding=1))
-        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.conv2 = _zero(Conv2d(outputs, outputs, 3, padding=1))
+        self.skip = Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
         self.attention = Attention(outputs) if attend else nn.Identity()
 
     def forward(self, x, embedding):
@@ -304,8 +352,8 @@ class Attention(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.norm = GroupNorm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = _zero(nn.Conv2d(channels, channels, 1))
+        self.qkv = Conv2d(channels, 3 * channels, 1)
+        self.out = _zero(Conv2d(channels, channels, 1))
 
     def forward(self, x):
         q, k, v = self.qkv(self.norm(x)).flatten(2).chunk(3, 1)  # (B, C, H W)
@@ -324,8 +372,8 @@ class Level(nn.Module):
         self.up = nn.ModuleList(block(2 * width) for _ in range(blocks))
         self.lower = Level(lower, blocks, attention, features, dropout) if lower else None
         if lower:
-            self.shrink = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4 * width, lower[0], 1))
-            self.grow = nn.Sequential(nn.Conv2d(lower[0], 4 * width, 1), nn.PixelShuffle(2))
+            self.shrink = nn.Sequential(nn.PixelUnshuffle(2), Conv2d(4 * width, lower[0], 1))
+            self.grow = nn.Sequential(Conv2d(lower[0], 4 * width, 1), nn.PixelShuffle(2))
 
     def forward(self, h, embedding):
         skips = []
@@ -366,10 +414,10 @@ class UNet(nn.Module):
         _require(size % unit == 0, f"size must be a multiple of {unit}, got {size!r}")
         _require(not any(w % 8 for w in widths), f"widths must be multiples of 8, got {widths}")
         self.embedding = Embedding(4 * width, classes)
-        self.first = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
+        self.first = Conv2d(channels * patch**2, widths[0], 3, padding=1)
         self.levels = Level(widths, blocks, attention, 4 * width, dropout)
         self.norm = GroupNorm(widths[0])
-        self.last = _zero(nn.Conv2d(widths[0], channels * patch**2, 3, padding=1))
+        self.last = _zero(Conv2d(widths[0], channels * patch**2, 3, padding=1))
 
     def forward(self, x, r, t, y=None):
         """Return u shaped like x (B, channels, size, size); r, t: (B,); y: (B,) in [0, classes)."""

@@ -254,6 +254,20 @@ def test_samples_with_r_equal_t_need_no_derivative(lam, labels):
     assert_close(gradients(loss, net), gradients(e.pow(2).sum(1).mean(), net))
 
 
+@pytest.mark.parametrize("lam", [0.3, 1.0])
+def test_marginal_tangent_is_a_constant_direction(lam):
+    net = Net()
+    x0, given = batch(jump_share=1.0)
+    r, t = given["r"], given["t"]
+    x_t, v = path(x0, given["x1"], t)
+    with torch.no_grad():
+        direction = net(x_t, t, t)
+    u, dudt = total_derivative(net, x_t, r, t, direction)
+    expected = (u + (t - r)[:, None] * sg_lambda(dudt, lam) - v).pow(2).sum(1).mean()
+    loss, _ = meanflow_loss(net, x0, lam, **given, tangent="marginal", p=0)
+    assert_close(gradients(loss, net), gradients(expected, net))
+
+
 def test_only_samples_with_r_below_t_pass_through_the_jvp():
     seen = []
 
@@ -322,6 +336,52 @@ def test_schedules_at_their_edges():
 
 
 # The U-Net ---------------------------------------------------------------------------------------
+
+
+class Wave(nn.Module):
+    """A u(x, r, t) around a layer that preserves the shape; the parameter comes before the layer."""
+
+    def __init__(self, layer, weight):
+        super().__init__()
+        self.layer, self.weight = layer, nn.Parameter(weight)
+
+    def forward(self, x, r, t):
+        return self.layer(torch.sin(x * self.weight)) * (1 + t - r)[:, None, None, None]
+
+
+@pytest.mark.parametrize("lam", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "own, plain",
+    [
+        (meanflow.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)),
+        (meanflow.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)),
+        (meanflow.GroupNorm(16), nn.GroupNorm(2, 16)),
+    ],
+)
+def test_layers_with_a_derivative_of_their_own_agree_with_the_plain_ones(own, plain, lam):
+    for parameter in plain.double().parameters():
+        nn.init.normal_(parameter)
+    own.double().load_state_dict(plain.state_dict())
+    x, v, weight = torch.randn(3, 2, 16, 5, 5, dtype=torch.float64)
+    r, t = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    results = []
+    for net in Wave(own, weight), Wave(plain, weight):
+        u, dudt = total_derivative(net, x, r, t, v, gradients=lam > 0)
+        e = u + sg_lambda(dudt, lam)
+        results.append((u, dudt, *torch.autograd.grad(e.pow(2).sum(), list(net.parameters()))))
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other)
+
+
+def test_a_derivative_that_needs_no_gradient_keeps_no_graph():
+    net, x = small_unet(attention=2), torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    r, t = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    for gradients in False, True:
+        u, dudt = total_derivative(net, x, r, t, x, gradients=gradients)
+        assert u.requires_grad and dudt.requires_grad == gradients
+    with pytest.raises(ValueError, match="x must be"):
+        total_derivative(net, x[:, :, :4], r, t, x[:, :, :4], gradients=False)
+    assert total_derivative(net, x, r, t, x)[1].requires_grad
 
 
 @pytest.mark.parametrize("channels, size", [(1, 28), (3, 32)])
