@@ -195,13 +195,18 @@ def meanflow_loss(
     _require_like("t", t, x0.flatten(1)[:, 0])
     _require(((r >= 0) & (r <= t) & (t <= 1)).all(), f"need 0 <= r <= t <= 1, got r={r}, t={t}")
 
+    jump, stay = (r < t).nonzero().flatten(), (r == t).nonzero().flatten()
+    return _loss(model, x0, x1, r, t, y, lam, jump, stay, tangent, p, c)
+
+
+def _loss(model, x0, x1, r, t, y, lam, jump, stay, tangent, p, c):
+    """`meanflow_loss` with samples `jump` at r < t, `stay` at r = t: indices or slices."""
     x_t, v = path(x0, x1, t)
     e = -v
-    jump, stay = (r < t).nonzero().flatten(), (r == t).nonzero().flatten()
-    if len(jump):
+    if len(x_t[jump]):
         args = x_t[jump], r[jump], t[jump], v[jump], None if y is None else y[jump]
         e[jump] += _implied_velocity(model, *args, lam, tangent)
-    if len(stay):  # t - r = 0: du/dt does not matter
+    if len(x_t[stay]):  # t - r = 0: du/dt does not matter
         e[stay] += _u(model, x_t[stay], r[stay], t[stay], None if y is None else y[stay])
     square = e.flatten(1).square().sum(1)  # ||e||², (B,)
     weight = (square.detach() + c) ** -p
@@ -255,10 +260,9 @@ def _zero(layer):
     return layer
 
 
-def _dual(x):
-    """Split x into its value and, under `total_derivative`, its tangent; else None."""
-    x, dx = forward_ad.unpack_dual(x)
-    return x, dx if dx is None or _tangents_have_gradients else dx.detach()
+def _tangent():
+    """A context for a layer's own derivative; where λ = 0 this keeps no graph for a backward."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() and _tangents_have_gradients)
 
 
 class Conv2d(nn.Conv2d):
@@ -266,11 +270,11 @@ class Conv2d(nn.Conv2d):
     with the derivative of W, which is zero."""
 
     def forward(self, x):
-        x, dx = _dual(x)
+        x, dx = forward_ad.unpack_dual(x)
         y = super().forward(x)
         if dx is None:
             return y
-        with torch.set_grad_enabled(_tangents_have_gradients and torch.is_grad_enabled()):
+        with _tangent():
             dy = self._conv_forward(dx, self.weight, None)
         return forward_ad.make_dual(y, dy)
 
@@ -286,22 +290,25 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(channels // 8, channels)
 
     def forward(self, x):
-        x, dx = _dual(x.to(self.weight.dtype))
+        x, dx = forward_ad.unpack_dual(x.to(self.weight.dtype))
         if dx is None:
             return super().forward(x)
         shape = len(x), x.shape[1], x[0, 0].numel(), self.num_groups
         y, mean, rstd = torch.native_group_norm(x, self.weight, self.bias, *shape, self.eps)
-        if _tangents_have_gradients:
-            x, d = (z.unflatten(1, (self.num_groups, -1)) for z in (x, dx))
-            average = lambda z: z.mean((2, 3, 4), keepdim=True)
-            x = x - average(x)
-            rstd = (average(x * x) + self.eps).rsqrt()
-            n = x * rstd
-            dn = ((d - average(d) - n * average(n * d)) * rstd).flatten(1, 2)
-        else:
-            backward = torch.ops.aten.native_group_norm_backward
-            dn = backward(dx, x.detach(), mean, rstd, None, *shape, [True, False, False])[0]
-        return forward_ad.make_dual(y, dn * self.weight[:, None, None])
+        with _tangent():
+            dn = self._written_out(x, dx) if torch.is_grad_enabled() else (
+                torch.ops.aten.native_group_norm_backward(
+                    dx, x, mean, rstd, None, *shape, [True, False, False])[0])  # fmt: skip
+            dy = dn * self.weight[:, None, None]
+        return forward_ad.make_dual(y, dy)
+
+    def _written_out(self, *x_dx):
+        x, dx = (z.unflatten(1, (self.num_groups, -1)) for z in x_dx)
+        average = lambda z: z.mean((2, 3, 4), keepdim=True)
+        x = x - average(x)
+        rstd = (average(x * x) + self.eps).rsqrt()
+        n = x * rstd
+        return ((dx - average(dx) - n * average(n * dx)) * rstd).flatten(1, 2)
 
 
 class Embedding(nn.Module):
@@ -594,16 +601,14 @@ def train(model, images, labels, args, *, flip=False):
         log = _Log(run, rank)
         images, labels = images.to(args.device), None if labels is None else labels.to(args.device)
         n = args.batch_size // world
-        times = {k: getattr(args, k) for k in ("jump_share", "t_logit", "r_logit")}
         while run.step < args.steps:
             torch.manual_seed(hash((args.seed, run.step, rank)))  # leaves no state to resume
             i = torch.randint(len(images), (n,), device=args.device)
             x0, y = images[i].float() / 127.5 - 1, None if labels is None else labels[i]
             if flip:
                 x0 = torch.where(torch.rand_like(x0[:, :1, :1, :1]) < 0.5, x0.flip(3), x0)
-            r, t = sample_times(n, **times, device=args.device)
             now = lam(run.step)
-            run.update(x0, now, y, r, t)
+            run.update(x0, now, y)
 
             intervals = args.log_every, args.sample_every, args.checkpoint_every
             logs, draws, saves = (run.step % n == 0 or run.step == args.steps for n in intervals)
@@ -687,14 +692,21 @@ def _agree(caught, world, due, device):
 
 
 class Objective(nn.Module):
-    """`meanflow_loss` as a module: so DistributedDataParallel has the whole JVP on its inside."""
+    """`meanflow_loss` on times of its own, as a module that never waits for the device.
 
-    def __init__(self, model, **options):
+    DistributedDataParallel and compile wrap it as a whole, with the JVP on the inside.
+    """
+
+    def __init__(self, model, *, jump_share, t_logit, r_logit, tangent, p, c):
         super().__init__()
-        self.model, self.options = model, options
+        self.model, self.weighting, self.jump_share = model, (tangent, p, c), jump_share
+        self.times = {"jump_share": jump_share, "t_logit": t_logit, "r_logit": r_logit}
 
-    def forward(self, x0, lam, y, r, t):
-        return meanflow_loss(self.model, x0, lam, y, r=r, t=t, **self.options)
+    def forward(self, x0, lam, y=None):
+        r, t = sample_times(len(x0), **self.times, device=x0.device, dtype=x0.dtype)
+        jumps = round(self.jump_share * len(x0))
+        parts = slice(jumps), slice(jumps, None)
+        return _loss(self.model, x0, torch.randn_like(x0), r, t, y, lam, *parts, *self.weighting)
 
 
 class _Run:
@@ -708,17 +720,20 @@ class _Run:
         self.scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")
         self.parts = {"model": model, "ema": self.average.module}
         self.parts |= {"optimizer": self.optimizer, "scaler": self.scaler}
-        self.objective = Objective(model, tangent=args.tangent, p=args.p, c=args.c)
+        names = "jump_share", "t_logit", "r_logit", "tangent", "p", "c"
+        self.objective = Objective(model, **{name: getattr(args, name) for name in names})
         if args.compile:
             self.objective.compile()
         if world > 1:
             self.objective = nn.parallel.DistributedDataParallel(self.objective)
 
-    def update(self, x0, lam, y, r, t):
+    def update(self, x0, lam, y):
         """Take a step, without effect if its gradient is not finite."""
         args = self.args
+        if args.compile and lam > 0:
+            lam = torch.full((), lam, device=x0.device)  # a number would be compiled in
         with torch.autocast(x0.device.type, PRECISIONS[args.amp], enabled=args.amp != "off"):
-            loss, err = self.objective(x0, lam, y, r, t)
+            loss, err = self.objective(x0, lam, y)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)

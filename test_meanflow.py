@@ -283,6 +283,24 @@ def test_only_samples_with_r_below_t_pass_through_the_jvp():
     assert sorted(seen) == [(4, False), (4, True), (12, True)]
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("tangent", meanflow.TANGENTS)
+def test_the_objective_of_training_is_the_loss(share, tangent):
+    net, (x0, given) = Net(), batch()
+    times = {"jump_share": share, "t_logit": (-0.4, 1.0), "r_logit": (-1.0, 1.0)}
+    objective = meanflow.Objective(net, **times, tangent=tangent, p=0.5, c=0.1)
+    y = torch.arange(12) % 5
+    torch.manual_seed(1)
+    loss, err = objective(x0, 0.7, y)
+    torch.manual_seed(1)
+    r, t = sample_times(12, **times, dtype=torch.float64)
+    weighting = {"tangent": tangent, "p": 0.5, "c": 0.1}
+    given = {"r": r, "t": t, "x1": torch.randn_like(x0)}
+    expected, expected_err = meanflow_loss(net, x0, 0.7, y, **given, **weighting)
+    assert_close((loss, err), (expected, expected_err))
+    assert_close(gradients(loss, net), gradients(expected, net))
+
+
 def test_float32_agrees_with_float64():
     net = Net()
     x0, given = batch()
@@ -339,7 +357,7 @@ def test_schedules_at_their_edges():
 
 
 class Wave(nn.Module):
-    """A u(x, r, t) around a layer that preserves the shape; the parameter comes before the layer."""
+    """A u(x, r, t) around a layer that preserves shapes, with a parameter in front of it."""
 
     def __init__(self, layer, weight):
         super().__init__()
@@ -721,13 +739,17 @@ def joined_gradient(rank, world, lam, tangent):
     """The gradient of a fixed batch, of which this rank sees its part, through DDP if world > 1."""
     torch.manual_seed(0)
     net, (x0, given) = small_unet(), batch(n=8, shape=(1, 8, 8))
-    part = slice(rank * 8 // world, (rank + 1) * 8 // world)
-    objective = meanflow.Objective(net, tangent=tangent)
+    part = slice(rank, None, world)  # of each process's samples, the first half has r < t
+    times = {"jump_share": 0.5, "t_logit": (0.0, 1.0), "r_logit": None}
+    objective = meanflow.Objective(net, **times, tangent=tangent, p=0.75, c=1e-3)
     if world > 1:
         objective = nn.parallel.DistributedDataParallel(objective)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randn_like", lambda x: given["x1"][part])
-        loss, _ = objective(x0[part], lam, None, given["r"][part], given["t"][part])
+        patch.setattr(
+            meanflow, "sample_times", lambda *a, **o: (given["r"][part], given["t"][part])
+        )
+        loss, _ = objective(x0[part], lam)
     loss.backward()
     return torch.cat([p.grad.flatten() for p in net.parameters()])
 
@@ -814,13 +836,13 @@ def test_an_existing_run_is_not_overwritten(mnist, tmp_path):
 
 def spoil(monkeypatch, steps):
     """Make the loss of the given steps, counted from 1, not a number."""
-    loss, count = meanflow.meanflow_loss, iter(range(1, 10_000))
+    loss, count = meanflow._loss, iter(range(1, 10_000))
 
     def spoilt(*args, **options):
         value, err = loss(*args, **options)
         return value * (math.nan if next(count) in steps else 1.0), err
 
-    monkeypatch.setattr(meanflow, "meanflow_loss", spoilt)
+    monkeypatch.setattr(meanflow, "_loss", spoilt)
 
 
 def test_an_isolated_nan_skips_that_update(mnist, tmp_path, monkeypatch):

@@ -1,0 +1,188 @@
+"""What a MeanFlow step costs, as a ratio to a flow-matching step of the same network.
+
+Forward, backward and Adam on random images. All ways take turns in one process; the table has the
+median of the rounds, their quartiles, and the ratio that counting gives: a backward pass costs two
+forward passes, a tangent one more, so flow matching is 3, λ = 0 is 3 + q and λ > 0 is 3 + 3 q with
+a share q of samples at r < t. Memory is the peak of what a step allocates, as a ratio, too.
+
+    python benchmarks/step.py                    # on CUDA if it is there; else about 5 minutes
+    python benchmarks/step.py --network cifar    # the default network of train_cifar.py
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from itertools import product
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import meanflow
+import train_cifar
+
+NETWORKS = {
+    "mnist": {"channels": 1, "size": 28, "patch": 2, "classes": 10},
+    "cifar-tiny": {"channels": 3, "size": 32, **train_cifar.TINY_NETWORK},
+    "cifar": {"channels": 3, "size": 32, **train_cifar.NETWORK},
+}
+
+
+def ours(net, x0, q, lam):
+    r, t = meanflow.sample_times(len(x0), jump_share=q, device=x0.device)
+    return meanflow.meanflow_loss(net, x0, lam, r=r, t=t)[0]
+
+
+def others(derive):
+    """The same loss as other implementations compute it: every sample through the JVP `derive`."""
+
+    def loss(net, x0, q, lam):
+        r, t = meanflow.sample_times(len(x0), jump_share=q, device=x0.device)
+        x_t, v = meanflow.path(x0, torch.randn_like(x0), t)
+        u, dudt = derive(net, (x_t, r, t), (v, torch.zeros_like(r), torch.ones_like(t)))
+        e = u + (t - r)[:, None, None, None] * meanflow.sg_lambda(dudt, lam) - v
+        square = e.square().sum((1, 2, 3))
+        return (square / (square.detach() + 1e-3) ** 0.75).mean()
+
+    return loss
+
+
+def double_backward(net, primals, directions):
+    return torch.autograd.functional.jvp(net, primals, directions, create_graph=True)
+
+
+def in_float32(net, primals, directions):
+    with torch.autocast(primals[0].device.type, enabled=False):
+        return torch.func.jvp(net, primals, directions)
+
+
+class PlainNorm(torch.nn.GroupNorm):
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype))  # bf16 under jvp fails on a CPU
+
+
+def plain(net):
+    """A copy of the network whose layers leave their derivatives to PyTorch."""
+    copy = meanflow.UNet(**net.config).to(next(net.parameters()).device)
+    copy.load_state_dict(net.state_dict())
+    for module in copy.modules():
+        if isinstance(module, meanflow.Conv2d):
+            module.__class__ = torch.nn.Conv2d
+        elif isinstance(module, meanflow.GroupNorm):
+            module.__class__ = PlainNorm
+    return copy
+
+
+def ways(net, x0, compiled, amp):
+    """Return {name: (loss(), theory)} of all that is compared, flow matching first."""
+    other = plain(net)
+    table = {"flow matching": (net, ours, 0.0, 0.0, 1.0)}
+    for lam, q in product((0.0, 1.0), (0.25, 0.5, 0.75, 1.0)):
+        table[f"λ = {lam:.0f}, q = {q}"] = net, ours, q, lam, 1 + q * (1 / 3 if lam == 0 else 1)
+    for lam in 0.0, 1.0:
+        table[f"λ = {lam:.0f}, torch.func.jvp, whole batch"] = (
+            other, others(torch.func.jvp), 0.25, lam, None)  # fmt: skip
+        if not compiled:
+            name = f"λ = {lam:.0f}, torch.autograd.functional.jvp, whole batch"
+            table[name] = other, others(double_backward), 0.25, lam, None
+        if amp:
+            name = f"λ = {lam:.0f}, jvp in float32, whole batch"
+            table[name] = other, others(in_float32), 0.25, lam, None
+    return table
+
+
+def step(net, optimizer, loss, x0, q, lam, amp):
+    with torch.autocast(x0.device.type, torch.bfloat16, enabled=amp):
+        value = loss(net, x0, q, lam)
+    optimizer.zero_grad()
+    value.backward()
+    optimizer.step()
+
+
+def seconds(work, device):
+    start = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_memory(work, device):
+    """Bytes by which the tensors alive at once exceed those alive before."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def compare(network, batch, rounds, device, compiled, amp):
+    torch.manual_seed(0)
+    net = meanflow.UNet(**NETWORKS[network]).to(device).train()
+    x0 = torch.randn(batch, *net.shape, device=device)
+    table = ways(net, x0, compiled, amp)
+    works = {}
+    for name, (model, loss, q, lam, _) in table.items():
+        optimizer = torch.optim.Adam(model.parameters(), 1e-4, fused=True)
+        loss = torch.compile(loss) if compiled else loss
+        works[name] = lambda a=(model, optimizer, loss, x0, q, lam, amp): step(*a)
+    memory, times = {}, {name: [] for name in works}
+    for name, work in works.items():
+        work()
+        memory[name] = peak_memory(work, device)
+    for _ in range(rounds):
+        for name, work in works.items():
+            times[name].append(seconds(work, device))
+    base, base_memory = statistics.median(times["flow matching"]), memory["flow matching"]
+    how = f"{'compiled' if compiled else 'eager'}, {'bf16' if amp else 'float32'}"
+    print(f"\n**{network}**, batch {batch}, {how}, {rounds} rounds\n")
+    print("| | theory | measured | quartiles | memory | images/s |\n|---|---|---|---|---|---|")
+    for name, (*_, theory) in table.items():
+        low, middle, high = (q / base for q in statistics.quantiles(times[name], n=4))
+        row = f"{theory:.2f}" if theory else "", f"{middle:.2f}", f"{low:.2f} to {high:.2f}"
+        row += f"{memory[name] / base_memory:.2f}", f"{batch / base / middle:.0f}"
+        print("|", name, "|", " | ".join(row), "|", flush=True)
+
+
+def sampling(network, device, sizes):
+    net = meanflow.UNet(**NETWORKS[network]).to(device)
+    print(f"\n**{network}**, one-step samples\n\n| batch | images/s |\n|---|---|")
+    for size in sizes:
+        x1 = torch.randn(size, *net.shape, device=device)
+        work = lambda x1=x1: meanflow.sample(net, x1)
+        work()
+        fastest = min(seconds(work, device) for _ in range(3))
+        print(f"| {size} | {size / fastest:.0f} |", flush=True)
+
+
+def main():
+    cuda = torch.cuda.is_available()
+    switch = argparse.BooleanOptionalAction
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--network", choices=NETWORKS, default="cifar" if cuda else "mnist")
+    parser.add_argument("--batch-size", type=int, default=256 if cuda else 64)
+    parser.add_argument("--rounds", type=int, default=30 if cuda else 15)
+    parser.add_argument("--compile", action=switch, default=cuda, help="minutes a graph on a CPU")
+    parser.add_argument("--amp", action=switch, default=True, help="bf16 as well as float32")
+    args = parser.parse_args()
+    device = "cuda" if cuda else "cpu"
+    torch.set_float32_matmul_precision("high")
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if cuda else 'CPU'}, "
+          f"{torch.get_num_threads()} threads")  # fmt: skip
+    for compiled, amp in product((False, True)[: 1 + args.compile], (False, True)[: 1 + args.amp]):
+        compare(args.network, args.batch_size, args.rounds, device, compiled, amp)
+    sampling(args.network, device, [1, 4, 16, 64, 256, 1024])
+
+
+if __name__ == "__main__":
+    main()
