@@ -155,16 +155,17 @@ def test_sg_lambda_keeps_the_value_and_scales_the_gradient(lam):
 
 
 @pytest.mark.parametrize("tangent", meanflow.TANGENTS)
-def test_lambda_leaves_the_value_and_is_affine_in_the_gradient(tangent):
-    net = Net()
-    x0, given = batch()
+@pytest.mark.parametrize("make, shape", [(Net, (3,)), (small_unet, (1, 8, 8))])
+def test_lambda_leaves_the_value_and_is_affine_in_the_gradient(tangent, make, shape):
+    net = make()
+    x0, given = batch(shape=shape)
     losses, grads = {}, {}
     for lam in 0.0, 0.3, 1.0:
         losses[lam], _ = meanflow_loss(net, x0, lam, **given, tangent=tangent)
         grads[lam] = gradients(losses[lam], net)
     assert_close(losses[0.0], losses[0.3], rtol=1e-14, atol=0)
     assert_close(losses[0.0], losses[1.0], rtol=1e-14, atol=0)
-    assert_close(grads[0.3], 0.7 * grads[0.0] + 0.3 * grads[1.0], rtol=1e-12, atol=1e-14)
+    assert_close(grads[0.3], 0.7 * grads[0.0] + 0.3 * grads[1.0], rtol=1e-10, atol=1e-12)
     assert (grads[1.0] - grads[0.0]).norm() > 0.1 * grads[0.0].norm()
 
 
@@ -399,7 +400,8 @@ def test_a_derivative_that_needs_no_gradient_keeps_no_graph():
         assert u.requires_grad and dudt.requires_grad == gradients
     with pytest.raises(ValueError, match="x must be"):
         total_derivative(net, x[:, :, :4], r, t, x[:, :, :4], gradients=False)
-    assert total_derivative(net, x, r, t, x)[1].requires_grad
+    elsewhere = torch.func.jvp(lambda x: net(x, r, t), (x,), (x,))
+    assert elsewhere[1].requires_grad
 
 
 @pytest.mark.parametrize("channels, size", [(1, 28), (3, 32)])
@@ -415,13 +417,14 @@ def test_unet_shapes(channels, size, classes, options):
     assert err.shape == (2,)
 
 
-def test_swapping_r_and_t_changes_the_unet():
+def test_the_unet_depends_on_r_and_on_t_and_on_their_order():
     net = small_unet()
     x, (r, t) = (
         torch.randn(4, 1, 8, 8).double(),
         sample_times(4, jump_share=1.0, dtype=torch.float64),
     )
-    assert (net(x, r, t) - net(x, t, r)).abs().mean() > 0.01
+    for other in net(x, t, r), net(x, r / 2, t), net(x, r, (1 + t) / 2):
+        assert (net(x, r, t) - other).abs().mean() > 0.001
 
 
 def test_labels_matter_and_a_missing_one_is_the_null_class():
