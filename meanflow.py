@@ -314,12 +314,12 @@ class GroupNorm(nn.GroupNorm):
 class Embedding(nn.Module):
     """Embed the times t and t - r and the label into features, (B, features).
 
-    The frequencies stay low, since du/dt grows with them: 0.5 to 8 radians over t in [0, 1].
+    The frequencies stay low, since du/dt grows with them: 1/8 to 2 radians over t in [0, 1].
     """
 
     def __init__(self, features, classes):
         super().__init__()
-        self.register_buffer("frequencies", 0.5 * 2.0 ** torch.arange(5), persistent=False)
+        self.register_buffer("frequencies", 2.0 ** torch.arange(-3, 2), persistent=False)
         self.label = nn.Embedding(classes + 1, features)  # the last row is "no label"
         self.time = nn.Linear(4 * len(self.frequencies), features)
         self.mix = nn.Linear(features, features)
@@ -377,18 +377,19 @@ class Level(nn.Module):
         block = lambda inputs: Block(inputs, width, features, dropout, attend)
         self.down = nn.ModuleList(block(width) for _ in range(blocks))
         self.up = nn.ModuleList(block(2 * width) for _ in range(blocks))
-        self.lower = Level(lower, blocks, attention, features, dropout) if lower else None
         if lower:
             self.shrink = nn.Sequential(nn.PixelUnshuffle(2), Conv2d(4 * width, lower[0], 1))
+            self.inner = Level(lower, blocks, attention, features, dropout)
             self.grow = nn.Sequential(Conv2d(lower[0], 4 * width, 1), nn.PixelShuffle(2))
+        else:
+            self.shrink, self.inner, self.grow = nn.Identity(), block(width), nn.Identity()
 
     def forward(self, h, embedding):
         skips = []
         for block in self.down:
             h = block(h, embedding)
             skips.append(h)
-        if self.lower:
-            h = h + self.grow(self.lower(self.shrink(h), embedding))
+        h = self.grow(self.inner(self.shrink(h), embedding))
         for block in self.up:
             h = block(torch.cat((h, skips.pop()), 1), embedding)
         return h
@@ -401,7 +402,7 @@ class UNet(nn.Module):
     size         height and width of the images, a multiple of patch * 2 ** (levels - 1)
     width        channels of the network, times `multipliers` at each level; multiples of 8
     multipliers  one for each level; a level has half the resolution of the one before
-    blocks       residual blocks of each level, on the way down and again on the way up
+    blocks       residual blocks of each level on the way down, and on the way up; one in the middle
     attention    number of levels with self-attention, counted from the lowest
     patch        side of the square of pixels that becomes one pixel of the first level
     classes      number of labels, 0 for none; a missing y stands for "no label"
@@ -494,7 +495,7 @@ def train_parser(description, **defaults):
     flag("--lr-warmup", type=STEPS, help="steps in which it rises; without it a 50th of all")
     flag("--lr-decay", action=switch, default=False, help="let it fall to 0 along a cosine")
     flag("--beta2", type=DECAY, default=0.999, help="decay of Adam's second moment")
-    flag("--clip", type=POSITIVE, default=1.0, help="largest norm of the gradient")
+    flag("--clip", type=POSITIVE, default=20.0, help="largest norm of the gradient")
     flag("--ema", type=DECAY, default=0.999, help="decay of the averaged weights, per step")
     flag("--lambda-schedule", choices=LAMBDA_SCHEDULES, help="curriculum of λ; without it λ = 0")
     flag("--lambda-max", type=SHARE, default=1.0, help="final λ of the curriculum")

@@ -1,6 +1,8 @@
 """What meanflow.py claims, claim by claim; exact claims in float64."""
 
+import contextlib
 import csv
+import itertools
 import math
 import os
 import pickle
@@ -449,7 +451,7 @@ def test_every_parameter_of_the_unet_learns():
 def test_dropout_only_in_training_mode_and_the_mode_comes_back():
     net = small_unet(dropout=0.5)
     x1 = torch.randn(3, 1, 8, 8).double()
-    frozen = net.levels.lower.eval()
+    frozen = net.levels.inner.eval()
     assert torch.equal(sample(net, x1), sample(net, x1))
     assert net.training and net.norm.training and not frozen.training
     with pytest.raises(ValueError, match="x must be"):
@@ -674,14 +676,27 @@ def test_the_sampler_refuses_a_foreign_checkpoint(call, tmp_path):
         ("--lambda-warmup", 1_000_000),
         ("--lr-warmup", 1_000_000),
         ("--device", "gpu"),
+        ("--amp", "fp16"),  # on a CPU
         ("--lambda-shedule", "linear"),
     ],
 )
-def test_a_wrong_flag_ends_with_one_line_and_nothing_written(trained, call, tmp_path, flag, value):
+def test_a_wrong_flag_ends_with_one_line_and_nothing_written(
+    trained, call, tmp_path, monkeypatch, flag, value
+):
     out = tmp_path / "new"
+    monkeypatch.setattr(meanflow, "DEVICES", ["cpu"])
     result = call(train_mnist, "--data", trained / "data", "--out", out, flag, value)
     assert flag in one_line(result)
     assert not out.exists()
+
+
+def test_a_batch_that_does_not_divide_by_the_processes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(meanflow, "_processes", lambda args: contextlib.nullcontext((0, 3)))
+    args = meanflow.train_parser("").parse_args(["--out", str(tmp_path / "run")])
+    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"--batch-size 64.*3 processes"):
+        meanflow.train(UNet(1, size=8, width=8), images, None, args)
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_data_and_no_network_leaves_nothing_behind(call, tmp_path, monkeypatch):
@@ -768,13 +783,15 @@ def worker(rank, folder):
     torch.distributed.init_process_group("gloo")
     grads = [joined_gradient(rank, 2, *case) for case in CASES]
     torch.distributed.destroy_process_group()
-    flags = f"--steps 4 --batch-size 6 --log-every 2 --lambda-schedule linear --out {folder}/run"
-    args = meanflow.train_parser("", lr=1e-2).parse_args(flags.split())
-    torch.manual_seed(rank)
-    net = UNet(1, size=8, width=8)
-    images = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8)
-    meanflow.train(net, images, None, args)
-    torch.save((grads, net.state_dict()), folder / f"{rank}.pt")
+    torch.manual_seed(rank)  # the processes need not start alike
+    images, trained = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8), []
+    for tangent, maximum in itertools.product(meanflow.TANGENTS, (0, 1)):
+        flags = f"--steps 4 --batch-size 6 --log-every 2 --out {folder}/{tangent}{maximum}"
+        flags += f" --tangent {tangent} --lambda-schedule constant --lambda-max {maximum}"
+        net = UNet(1, size=8, width=8)
+        meanflow.train(net, images, None, meanflow.train_parser("").parse_args(flags.split()))
+        trained.append(net.state_dict())
+    torch.save((grads, trained), folder / f"{rank}.pt")
 
 
 def test_two_processes_make_one_training(tmp_path):
@@ -782,13 +799,15 @@ def test_two_processes_make_one_training(tmp_path):
         free.bind(("127.0.0.1", 0))
         (tmp_path / "port").write_text(str(free.getsockname()[1]))
     torch.multiprocessing.spawn(worker, (tmp_path,), nprocs=2)
-    (grads, net), (other_grads, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    (grads, nets), (other_grads, others) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for case, one, two in zip(CASES, grads, other_grads, strict=True):
         assert_close(one, joined_gradient(0, 1, *case), rtol=1e-12, atol=1e-14)
         assert torch.equal(one, two)
-    assert all(torch.equal(net[name], other[name]) for name in net)
-    saved = meanflow.load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    for net, other in zip(nets, others, strict=True):
+        assert all(torch.equal(net[name], other[name]) for name in net)
+    saved = meanflow.load_checkpoint(tmp_path / "marginal1" / "checkpoint.pt")
     assert saved["step"] == 4 and torch.equal(saved["model"]["last.bias"], net["last.bias"])
+    assert len((tmp_path / "marginal1" / "log.csv").read_text().splitlines()) == 3
 
 
 STEPS = "--steps", 30, "--log-every", 3, "--checkpoint-every", 5, "--lambda-schedule", "linear"
@@ -933,6 +952,22 @@ def test_a_longer_training_can_go_on(mnist, tmp_path):
     assert mnist("--steps", 4, *constant, out="whole")[0] == 0
     longer, whole = weights(tmp_path / "run"), weights(tmp_path / "whole")
     assert all(torch.equal(longer[name], whole[name]) for name in whole)
+
+
+def test_compiled_training_gets_lambda_as_a_tensor(mnist, monkeypatch):
+    """A number would be compiled in, and every step of the schedule compiled again."""
+    seen = []
+
+    def compile(objective):
+        forward = objective.forward
+        objective.forward = lambda x0, lam, y: seen.append(lam) or forward(x0, lam, y)
+
+    monkeypatch.setattr(meanflow.Objective, "compile", compile)
+    flags = "--steps", 3, "--lambda-schedule", "linear", "--lambda-warmup", 2
+    assert mnist(*flags, "--compile")[0] == 0
+    assert not torch.is_tensor(seen[0]) and seen[0] == 0
+    assert all(torch.is_tensor(lam) and lam.ndim == 0 for lam in seen[1:])
+    assert [float(lam) for lam in seen] == [0.0, 0.5, 1.0]
 
 
 def test_truncated_data_are_named(call, tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ TINY = {  # to try everything on a CPU: half an hour on two cores
     "lr": 2e-3,
     "lr_decay": True,
     "beta2": 0.99,
-    "ema": 0.998,
+    "ema": 0.995,
     "jump_share": 0.25,
     "t_logit": [-0.4, 1.0],
     "r_logit": None,

@@ -15,7 +15,7 @@ def main():
         lr=3e-3,
         lr_decay=True,
         beta2=0.99,
-        ema=0.998,
+        ema=0.995,
         class_cond=True,
     )
     args = parser.parse_args()
