@@ -165,10 +165,10 @@ def test_lambda_leaves_the_value_and_is_affine_in_the_gradient(tangent, make, sh
     for lam in 0.0, 0.3, 1.0:
         losses[lam], _ = meanflow_loss(net, x0, lam, **given, tangent=tangent)
         grads[lam] = gradients(losses[lam], net)
-    assert_close(losses[0.0], losses[0.3], rtol=1e-14, atol=0)
-    assert_close(losses[0.0], losses[1.0], rtol=1e-14, atol=0)
+    assert_close(losses[0.0], losses[0.3], rtol=1e-12, atol=0)
+    assert_close(losses[0.0], losses[1.0], rtol=1e-12, atol=0)
     assert_close(grads[0.3], 0.7 * grads[0.0] + 0.3 * grads[1.0], rtol=1e-10, atol=1e-12)
-    assert (grads[1.0] - grads[0.0]).norm() > 0.1 * grads[0.0].norm()
+    assert (grads[1.0] - grads[0.0]).norm() > 0.01 * grads[0.0].norm()
 
 
 def test_lambda_as_a_tensor_gives_the_same_gradient():
