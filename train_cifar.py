@@ -27,8 +27,8 @@ NETWORK = {  # 48M parameters; published: 55M, attention at 16x16 only
     "attention": 2,
     "dropout": 0.2,
 }
-TINY = {  # to try everything on a CPU: half an hour on two cores
-    "steps": 4_000,
+TINY = {  # to try everything on a CPU
+    "steps": 2_500,
     "batch_size": 64,
     "lr": 2e-3,
     "lr_decay": True,
