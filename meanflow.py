@@ -548,7 +548,8 @@ def _replacing(file):
         yield temporary
         os.replace(temporary, file)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot write {file}: {str(error).splitlines()[0]}") from error
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        raise UserError(f"cannot write {file}: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -575,7 +576,8 @@ def load_checkpoint(file):
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        raise UserError(f"cannot read a checkpoint from {file}: {type(error).__name__}") from error
+        reason = getattr(error, "strerror", None) or "damaged, or another kind of file"
+        raise UserError(f"cannot read a checkpoint from {file}: {reason}") from error
     known = isinstance(checkpoint, dict) and checkpoint.get("format") == FORMAT
     _require(known, f"{file} is not a checkpoint of this version of meanflow.py")
     return checkpoint
