@@ -814,13 +814,13 @@ class _Log:
         now = time.perf_counter()
         pace, self.mark, run.recent = (now - self.mark) / len(steps), now, []
         run.seconds += pace * len(steps)
-        speed, left = args.batch_size / pace, (args.steps - run.step) * pace
+        speed, left = args.batch_size / pace, round((args.steps - run.step) * pace)
         row = run.step, loss, flow, jump, lam, norm, int((~good).sum()), speed, run.seconds
         if self.writes:
             with open(self.file, "a") as file:
                 print(*(f"{value:.8g}" for value in row), sep=",", file=file)
             line = f"{run.step}/{args.steps}  err {flow:.4f} (r = t) {jump:.4f} (r < t)  "
-            line += f"λ {lam:.2f}  {speed:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left "
+            line += f"λ {lam:.2f}  {speed:.0f} images/s  {left // 60}:{left % 60:02} left "
             print(line, end="\r" if sys.stdout.isatty() and left else "\n", flush=True)
         for name, value in zip(self.COLUMNS, row, strict=True) if self.board else ():
             self.board.add_scalar(name, value, run.step)

@@ -36,6 +36,8 @@ from meanflow import (
 )
 
 ROOT = Path(__file__).parent
+torch.set_num_threads(1)  # the networks are tiny
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 assert_close = torch.testing.assert_close
 
 
@@ -779,7 +781,6 @@ def worker(rank, folder):
     """One of two processes: gradients for all CASES, then a short training; both are saved."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": (folder / "port").read_text()}
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     grads = [joined_gradient(rank, 2, *case) for case in CASES]
     torch.manual_seed(rank)  # the processes need not start alike
@@ -824,8 +825,7 @@ def test_torchrun_trains(trained, tmp_path):
         tmp_path / "run",
     )
     command = [sys.executable, "-m", *torchrun, ROOT / "train_mnist.py", *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("2/2") == 1  # one process reports
     assert meanflow.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 2
