@@ -625,7 +625,7 @@ def train(model, images, labels, args, *, flip=False):
             if stop:
                 print(f"\nstopped after step {run.step}; the same command with --resume goes on")
                 raise SystemExit(128 + stop)
-        log.draw("samples.png", 40, steps=(1, 2, 4))  # four rows of each
+        log.draw("samples.png", 40, steps=(1, 2, 4))
         return run.average.module
 
 
