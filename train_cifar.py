@@ -20,7 +20,7 @@ RECIPE = {  # published (8 GPUs, arXiv:2505.13447 and its code) where it differs
     "sample_every": 5_000,
     "checkpoint_every": 5_000,
 }
-NETWORK = {  # 48M parameters; published: 55M, attention at 16x16 only
+NETWORK = {  # 51M parameters; published: 55M, attention at 16x16 only
     "width": 128,
     "multipliers": (2, 2, 2),
     "blocks": 4,
