@@ -1066,6 +1066,28 @@ def test_cifar_trains_and_draws(call, tmp_path, monkeypatch, labels):
     assert Image.open(tmp_path / "run" / "samples.png").size == (10 * 34 + 2, 12 * 34 + 2)
 
 
+def test_every_step_and_every_process_draws_its_own_batch(tmp_path, monkeypatch):
+    seen = []
+
+    def update(run, x0, *rest):
+        seen.append((x0, torch.randn(3)))
+        run.step += 1
+        run.recent.append(torch.zeros(4))
+
+    monkeypatch.setattr(meanflow._Run, "update", update)
+    images = torch.randint(0, 256, (50, 1, 8, 8), dtype=torch.uint8)
+    for rank in 0, 1, 1:
+        here = contextlib.nullcontext((rank, 1))
+        monkeypatch.setattr(meanflow, "_processes", lambda args, here=here: here)
+        flags = ["--steps", "2", "--batch-size", "8", "--out", str(tmp_path / f"{len(seen)}")]
+        args = meanflow.train_parser("").parse_args(flags)
+        meanflow.train(UNet(1, size=8, width=8), images, None, args)
+    for part in range(2):
+        draws = [draw[part] for draw in seen]
+        for i, j in itertools.combinations(range(6), 2):
+            assert torch.equal(draws[i], draws[j]) == ((i, j) in {(2, 4), (3, 5)})
+
+
 def test_flips_mirror_about_half_of_the_images(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(meanflow._Run, "update", lambda run, x0, *rest: (
