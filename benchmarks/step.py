@@ -75,8 +75,8 @@ def plain(net):
     return copy
 
 
-def ways(net, x0, compiled, amp):
-    """Return {name: (loss(), theory)} of all that is compared, flow matching first."""
+def ways(net, compiled, amp):
+    """Return {name: (network, loss, q, λ, theory)} of all that is compared, flow matching first."""
     other = plain(net)
     table = {"flow matching": (net, ours, 0.0, 0.0, 1.0)}
     for lam, q in product((0.0, 1.0), (0.25, 0.5, 0.75, 1.0)):
@@ -130,7 +130,7 @@ def compare(network, batch, rounds, device, compiled, amp):
     torch.manual_seed(0)
     net = meanflow.UNet(**NETWORKS[network]).to(device).train()
     x0 = torch.randn(batch, *net.shape, device=device)
-    table = ways(net, x0, compiled, amp)
+    table = ways(net, compiled, amp)
     works = {}
     for name, (model, loss, q, lam, _) in table.items():
         optimizer = torch.optim.Adam(model.parameters(), 1e-4, fused=True)
