@@ -260,9 +260,19 @@ def _zero(layer):
     return layer
 
 
-def _tangent():
-    """A context for a layer's own derivative; where λ = 0 this keeps no graph for a backward."""
-    return torch.set_grad_enabled(torch.is_grad_enabled() and _tangents_have_gradients)
+def _dual(y, dx, slope):
+    """y, with the derivative slope(dx) if x has one; for λ = 0 no graph of it is kept."""
+    if dx is None:
+        return y
+    with torch.set_grad_enabled(torch.is_grad_enabled() and _tangents_have_gradients):
+        dy = slope(dx)
+    return forward_ad.make_dual(y, dy)
+
+
+def _scaled(x, factor):
+    """x * factor; `jvp` by itself would also multiply x by the factor's derivative, zero."""
+    x, dx = forward_ad.unpack_dual(x)
+    return _dual(x * factor, dx, lambda dx: dx * factor)
 
 
 class Conv2d(nn.Conv2d):
@@ -271,12 +281,7 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x):
         x, dx = forward_ad.unpack_dual(x)
-        y = super().forward(x)
-        if dx is None:
-            return y
-        with _tangent():
-            dy = self._conv_forward(dx, self.weight, None)
-        return forward_ad.make_dual(y, dy)
+        return _dual(super().forward(x), dx, lambda dx: self._conv_forward(dx, self.weight, None))
 
 
 class GroupNorm(nn.GroupNorm):
@@ -291,16 +296,18 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x):
         x, dx = forward_ad.unpack_dual(x.to(self.weight.dtype))
-        if dx is None:
-            return super().forward(x)
         shape = len(x), x.shape[1], x[0, 0].numel(), self.num_groups
         y, mean, rstd = torch.native_group_norm(x, self.weight, self.bias, *shape, self.eps)
-        with _tangent():
-            dn = self._written_out(x, dx) if torch.is_grad_enabled() else (
-                torch.ops.aten.native_group_norm_backward(
-                    dx, x, mean, rstd, None, *shape, [True, False, False])[0])  # fmt: skip
-            dy = dn * self.weight[:, None, None]
-        return forward_ad.make_dual(y, dy)
+
+        def slope(dx):
+            if torch.is_grad_enabled():
+                dn = self._written_out(x, dx)
+            else:
+                kernel, wanted = torch.ops.aten.native_group_norm_backward, [True, False, False]
+                dn = kernel(dx, x, mean, rstd, None, *shape, wanted)[0]
+            return dn * self.weight[:, None, None]
+
+        return _dual(y, dx, slope)
 
     def _written_out(self, *x_dx):
         x, dx = (z.unflatten(1, (self.num_groups, -1)) for z in x_dx)
@@ -312,7 +319,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class Embedding(nn.Module):
-    """Embed the times t and t - r and the label into features, (B, features).
+    """Embed the times t and t - r and the label into features (B, features, 1, 1).
 
     The frequencies stay low, since du/dt grows with them: 1/8 to 2 radians over t in [0, 1].
     """
@@ -321,13 +328,14 @@ class Embedding(nn.Module):
         super().__init__()
         self.register_buffer("frequencies", 2.0 ** torch.arange(-3, 2), persistent=False)
         self.label = nn.Embedding(classes + 1, features)  # the last row is "no label"
-        self.time = nn.Linear(4 * len(self.frequencies), features)
-        self.mix = nn.Linear(features, features)
+        self.time = Conv2d(4 * len(self.frequencies), features, 1)
+        self.mix = Conv2d(features, features, 1)
 
     def forward(self, r, t, y):
-        angles = torch.stack((t, t - r), 1)[..., None] * self.frequencies  # (B, 2, frequencies)
+        angles = _scaled(torch.stack((t, t - r), 1)[..., None], self.frequencies)  # (B, 2, F)
         times = torch.cat((angles.cos(), angles.sin()), 1).flatten(1)
-        return F.silu(self.mix(F.silu(self.time(times) + self.label(y))))
+        times, label = self.time(times[:, :, None, None]), self.label(y)[:, :, None, None]
+        return F.silu(self.mix(F.silu(times + label)))
 
 
 class Block(nn.Module):
@@ -338,7 +346,8 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = GroupNorm(inputs)
         self.conv1 = Conv2d(inputs, outputs, 3, padding=1)
-        self.modulate = nn.Linear(features, 2 * outputs)
+        self.modulate = Conv2d(features, 2 * outputs, 1)
+        nn.init.ones_(self.modulate.bias[:outputs])
         self.norm2 = GroupNorm(outputs)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = _zero(Conv2d(outputs, outputs, 3, padding=1))
@@ -346,9 +355,9 @@ class Block(nn.Module):
         self.attention = Attention(outputs) if attend else nn.Identity()
 
     def forward(self, x, embedding):
-        scale, shift = self.modulate(embedding)[:, :, None, None].chunk(2, 1)
+        scale, shift = self.modulate(embedding).chunk(2, 1)
         h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h) * (1 + scale) + shift)))
+        h = self.conv2(self.dropout(F.silu(torch.addcmul(shift, self.norm2(h), scale))))
         return self.attention(self.skip(x) + h)
 
 
@@ -364,8 +373,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         q, k, v = self.qkv(self.norm(x)).flatten(2).chunk(3, 1)  # (B, C, H W)
-        attention = (q.transpose(1, 2) @ k * q.shape[1] ** -0.5).softmax(-1)  # (B, H W, H W)
-        return x + self.out((v @ attention.transpose(1, 2)).view_as(x))
+        attention = torch.bmm(_scaled(q.mT, q.shape[1] ** -0.5), k).softmax(-1)  # (B, H W, H W)
+        return x + self.out(torch.bmm(v, attention.mT).view_as(x))
 
 
 class Level(nn.Module):
@@ -443,7 +452,7 @@ DefaultsShown = argparse.ArgumentDefaultsHelpFormatter
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 CUDA = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
 DEVICES = ["cuda", *CUDA, "cpu"] if CUDA else ["cpu"]
-FORMAT = "meanflow 2"  # of checkpoints
+FORMAT = "meanflow 3"  # of checkpoints
 PATIENCE = 20  # steps in a row without a finite gradient
 UNREADABLE = OSError, EOFError, RuntimeError, ValueError, AssertionError, pickle.UnpicklingError
 RESUMABLE = {"data", "out", "device", "resume", "compile", "tensorboard"}  # settings that may
@@ -458,6 +467,7 @@ class _Parser(argparse.ArgumentParser):
 def run(main):
     """Call main() for a script: what the user can mend ends it with one line and status 2."""
     warnings.filterwarnings("ignore", ".*torch.jit.script", FutureWarning)  # torch's own affair
+    torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
     try:
         main()
     except (UserError, OSError) as error:
@@ -510,7 +520,7 @@ def train_parser(description, **defaults):
     flag("--seed", type=STEPS, default=0, help="seed of all random numbers")
     flag("--device", choices=DEVICES, default=DEVICES[0], help="device to train on")
     flag("--amp", choices=PRECISIONS, help="network's precision; without it float32 on a CPU")
-    flag("--compile", action=switch, default=False, help="compile the loss, the JVP inside")
+    flag("--compile", action=switch, help="compile the loss, by default on a GPU only")
     flag("--resume", action="store_true", help="go on from the checkpoint in --out, if any")
     flag("--tensorboard", action="store_true", help="write TensorBoard's files as well")
     flag("--log-every", type=COUNT, default=20, help="steps per row of log.csv and progress line")
@@ -641,6 +651,7 @@ def _settle(args, model, images, labels, world):
     if args.amp is None:
         bf16 = not cpu and torch.cuda.is_bf16_supported(including_emulation=False)
         args.amp = "off" if cpu else "bf16" if bf16 else "fp16"
+    args.compile = not cpu if args.compile is None else args.compile
     _require(args.amp != "fp16" or not cpu, "--amp fp16 needs a GPU; --amp bf16 does not")
     _require(size % world == 0, f"--batch-size {size} does not divide by {world} processes")
     _require(not args.tensorboard or find_spec("tensorboard"), "--tensorboard: it is not installed")
@@ -728,7 +739,7 @@ class _Run:
         names = "jump_share", "t_logit", "r_logit", "tangent", "p", "c"
         self.objective = Objective(model, **{name: getattr(args, name) for name in names})
         if args.compile:
-            self.objective.compile()
+            self.objective.compile(dynamic=False)
         if world > 1:
             self.objective = nn.parallel.DistributedDataParallel(self.objective)
 

@@ -979,7 +979,7 @@ def test_compiled_training_gets_lambda_as_a_tensor(mnist, monkeypatch):
     """A number would be compiled in, and every step of the schedule compiled again."""
     seen = []
 
-    def compile(objective):
+    def compile(objective, dynamic):
         forward = objective.forward
         objective.forward = lambda x0, lam, y: seen.append(lam) or forward(x0, lam, y)
 

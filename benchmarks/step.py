@@ -29,24 +29,23 @@ NETWORKS = {
     "cifar": {"channels": 3, "size": 32, **train_cifar.NETWORK},
 }
 
-
-def ours(net, x0, q, lam):
-    r, t = meanflow.sample_times(len(x0), jump_share=q, device=x0.device)
-    return meanflow.meanflow_loss(net, x0, lam, r=r, t=t)[0]
+SETTINGS = {"t_logit": (-0.4, 1.0), "r_logit": None, "tangent": "conditional", "p": 0.75, "c": 1e-3}
 
 
-def others(derive):
+class Others(meanflow.Objective):
     """The same loss as other implementations compute it: every sample through the JVP `derive`."""
 
-    def loss(net, x0, q, lam):
-        r, t = meanflow.sample_times(len(x0), jump_share=q, device=x0.device)
+    def __init__(self, net, derive):
+        super().__init__(net, **SETTINGS, jump_share=0.25)
+        self.derive = derive
+
+    def forward(self, x0, lam):
+        r, t = meanflow.sample_times(len(x0), **self.times, device=x0.device)
         x_t, v = meanflow.path(x0, torch.randn_like(x0), t)
-        u, dudt = derive(net, (x_t, r, t), (v, torch.zeros_like(r), torch.ones_like(t)))
+        u, dudt = self.derive(self.model, (x_t, r, t), (v, torch.zeros_like(r), torch.ones_like(t)))
         e = u + (t - r)[:, None, None, None] * meanflow.sg_lambda(dudt, lam) - v
         square = e.square().sum((1, 2, 3))
-        return (square / (square.detach() + 1e-3) ** 0.75).mean()
-
-    return loss
+        return (square / (square.detach() + 1e-3) ** 0.75).mean(), square.detach()
 
 
 def double_backward(net, primals, directions):
@@ -75,29 +74,28 @@ def plain(net):
     return copy
 
 
-def ways(net, compiled, amp):
-    """Return {name: (network, loss, q, λ, theory)} of all that is compared, flow matching first."""
-    other = plain(net)
-    table = {"flow matching": (net, ours, 0.0, 0.0, 1.0)}
-    for lam, q in product((0.0, 1.0), (0.25, 0.5, 0.75, 1.0)):
-        table[f"λ = {lam:.0f}, q = {q}"] = net, ours, q, lam, 1 + q * (1 / 3 if lam == 0 else 1)
-    for lam in 0.0, 1.0:
-        table[f"λ = {lam:.0f}, torch.func.jvp, whole batch"] = (
-            other, others(torch.func.jvp), 0.25, lam, None)  # fmt: skip
-        if not compiled:
-            name = f"λ = {lam:.0f}, torch.autograd.functional.jvp, whole batch"
-            table[name] = other, others(double_backward), 0.25, lam, None
-        if amp:
-            name = f"λ = {lam:.0f}, jvp in float32, whole batch"
-            table[name] = other, others(in_float32), 0.25, lam, None
+def ways(net, shares, compiled, amp):
+    """Return {name: (objective, λ, theory)} of all that is compared, flow matching first."""
+    ours = {q: meanflow.Objective(net, **SETTINGS, jump_share=q) for q in (0.0, *shares)}
+    table = {"flow matching": (ours[0.0], 0.0, 1.0)}
+    for lam, q in product((0.0, 1.0), shares):
+        table[f"λ = {lam:.0f}, q = {q}"] = ours[q], lam, 1 + q * (1 / 3 if lam == 0 else 1)
+    others = {"torch.func.jvp": torch.func.jvp}
+    if not compiled:
+        others["torch.autograd.functional.jvp"] = double_backward
+    if amp:
+        others["torch.func.jvp in float32"] = in_float32
+    for lam, (name, derive) in product((0.0, 1.0), others.items()):
+        other = net if compiled else plain(net)  # nn.GroupNorm does not compile under jvp
+        table[f"λ = {lam:.0f}, {name}, whole batch"] = Others(other, derive), lam, None
     return table
 
 
-def step(net, optimizer, loss, x0, q, lam, amp):
+def step(objective, optimizer, x0, lam, amp):
     with torch.autocast(x0.device.type, torch.bfloat16, enabled=amp):
-        value = loss(net, x0, q, lam)
+        loss, _ = objective(x0, lam)
     optimizer.zero_grad()
-    value.backward()
+    loss.backward()
     optimizer.step()
 
 
@@ -126,16 +124,18 @@ def peak_memory(work, device):
     return peak
 
 
-def compare(network, batch, rounds, device, compiled, amp):
+def compare(network, batch, shares, rounds, device, compiled, amp):
     torch.manual_seed(0)
     net = meanflow.UNet(**NETWORKS[network]).to(device).train()
     x0 = torch.randn(batch, *net.shape, device=device)
-    table = ways(net, compiled, amp)
+    table = ways(net, shares, compiled, amp)
     works = {}
-    for name, (model, loss, q, lam, _) in table.items():
-        optimizer = torch.optim.Adam(model.parameters(), 1e-4, fused=True)
-        loss = torch.compile(loss) if compiled else loss
-        works[name] = lambda a=(model, optimizer, loss, x0, q, lam, amp): step(*a)
+    for name, (objective, lam, _) in table.items():
+        optimizer = torch.optim.Adam(objective.parameters(), 1e-4, fused=True)
+        if compiled:
+            objective.compile(dynamic=False)
+            lam = lam and torch.tensor(lam, device=device)
+        works[name] = lambda a=(objective, optimizer, x0, lam, amp): step(*a)
     memory, times = {}, {name: [] for name in works}
     for name, work in works.items():
         work()
@@ -173,14 +173,17 @@ def main():
     parser.add_argument("--batch-size", type=int, default=256 if cuda else 64)
     parser.add_argument("--rounds", type=int, default=30 if cuda else 15)
     parser.add_argument("--compile", action=switch, default=cuda, help="minutes a graph on a CPU")
-    parser.add_argument("--amp", action=switch, default=True, help="bf16 as well as float32")
+    parser.add_argument("--amp", action=switch, default=cuda, help="bf16 as well as float32")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0],
+                        help="shares q of samples at r < t")  # fmt: skip
     args = parser.parse_args()
     device = "cuda" if cuda else "cpu"
     torch.set_float32_matmul_precision("high")
+    torch._dynamo.config.recompile_limit = 64  # a graph for each share and λ
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if cuda else 'CPU'}, "
           f"{torch.get_num_threads()} threads")  # fmt: skip
     for compiled, amp in product((False, True)[: 1 + args.compile], (False, True)[: 1 + args.amp]):
-        compare(args.network, args.batch_size, args.rounds, device, compiled, amp)
+        compare(args.network, args.batch_size, args.shares, args.rounds, device, compiled, amp)
     sampling(args.network, device, [1, 4, 16, 64, 256, 1024])
 
 
