@@ -119,26 +119,28 @@ def sg_lambda(z, lam):
     return z.detach() + lam * (z - z.detach())  # the same, and exact in value
 
 
-_RISE = {
+_CURVES = {
     "constant": lambda s: 1.0,
     "linear": lambda s: s,
     "cosine": lambda s: (1 - math.cos(math.pi * s)) / 2,
+    "falling": lambda s: 1 - s,
 }
-LAMBDA_SCHEDULES = tuple(_RISE)
+LAMBDA_SCHEDULES = tuple(_CURVES)
 
 
 def lambda_schedule(name, *, warmup, maximum=1.0):
-    """Return the curriculum step -> λ: `maximum` throughout, or risen from 0 to it at `warmup`.
+    """Return the curriculum step -> λ: `maximum` throughout, or on its way until `warmup`.
 
-    name     one of LAMBDA_SCHEDULES; "linear" is the paper's λ = min(1, step / warmup)
-    warmup   number of steps, at least 0; with 0 every schedule is constant
-    maximum  the final λ, in [0, 1]
+    name     one of LAMBDA_SCHEDULES; "linear" is the paper's λ = min(1, step / warmup), "cosine"
+             rises, too, and "falling" goes from `maximum` to 0
+    warmup   number of steps, at least 0; with 0 every schedule stays at its end
+    maximum  the largest λ, in [0, 1]
     Raises ValueError for anything else.
     """
-    _require(name in _RISE, f"name must be one of {', '.join(_RISE)}, got {name!r}")
+    _require(name in _CURVES, f"name must be one of {', '.join(_CURVES)}, got {name!r}")
     _require(warmup >= 0, f"warmup must be at least 0, got {warmup!r}")
     _require(0 <= maximum <= 1, f"maximum must be in [0, 1], got {maximum!r}")
-    return lambda step: maximum * _RISE[name](min(1.0, step / warmup) if warmup else 1.0)
+    return lambda step: maximum * _CURVES[name](min(1.0, step / warmup) if warmup else 1.0)
 
 
 # The MeanFlow identity v = u + (t - r) du/dt as a loss -------------------------------------------
@@ -163,8 +165,9 @@ def total_derivative(model, x_t, r, t, v, y=None, *, gradients=True):
 
 
 def meanflow_loss(
-    model, x0, lam, y=None, *, x1=None, r=None, t=None, tangent="conditional", p=0.75, c=1e-3
-):
+    model, x0, lam, y=None, *, x1=None, r=None, t=None, tangent="conditional", guidance=1.0,
+    p=0.75, c=1e-3,
+):  # fmt: skip
     """Return the loss E[w ||e||²], e = u + (t - r) SG_λ[du/dt] - v, w = stopgrad(||e||² + c)^-p.
 
     model    callable (x, r, t) or, where labels are given, (x, r, t, y) -> u, shaped like x
@@ -174,6 +177,8 @@ def meanflow_loss(
     r, t     times (B,), 0 <= r <= t <= 1; if not given, drawn by `sample_times`
     tangent  direction of du/dt: "conditional", the paper's v, or "marginal", u(x_t, t, t), which
              leaves the true u a minimum for every λ, at one more forward pass where r < t
+    guidance ω, for labels only: where y >= 0, ω v + (1 - ω) u(x_t, t, t) stands for v, at one more
+             forward pass without labels; 1 is none. Needs some y < 0, "no label", to learn from
     p, c     power >= 0 and offset > 0 of the adaptive weight; p = 0 is the plain squared error
     Returns the scalar loss and, for a log, the detached mean of e² in each sample, (B,).
     Raises ValueError that names the argument.
@@ -184,6 +189,7 @@ def meanflow_loss(
     number = isinstance(lam, int | float) or (torch.is_tensor(lam) and lam.ndim == 0)
     _require(number and 0 <= lam <= 1, f"lam must be a number in [0, 1], got {lam!r}")
     _require(tangent in TANGENTS, f"tangent must be one of {', '.join(TANGENTS)}, got {tangent!r}")
+    _require(guidance == 1 or y is not None, f"guidance needs labels y, got {guidance!r} and none")
     _require(p >= 0 and c > 0, f"p must be >= 0 and c > 0, got p={p!r}, c={c!r}")
     _require((r is None) == (t is None), "r and t must be given together")
     if x1 is None:
@@ -196,12 +202,16 @@ def meanflow_loss(
     _require(((r >= 0) & (r <= t) & (t <= 1)).all(), f"need 0 <= r <= t <= 1, got r={r}, t={t}")
 
     jump, stay = (r < t).nonzero().flatten(), (r == t).nonzero().flatten()
-    return _loss(model, x0, x1, r, t, y, lam, jump, stay, tangent, p, c)
+    return _loss(model, x0, x1, r, t, y, lam, jump, stay, tangent, guidance, p, c)
 
 
-def _loss(model, x0, x1, r, t, y, lam, jump, stay, tangent, p, c):
+def _loss(model, x0, x1, r, t, y, lam, jump, stay, tangent, guidance, p, c):
     """`meanflow_loss` with samples `jump` at r < t, `stay` at r = t: indices or slices."""
     x_t, v = path(x0, x1, t)
+    if guidance != 1:
+        with torch.no_grad():
+            unlabelled = _u(model, x_t, t, t, None).to(v.dtype)
+        v = torch.where(_like(y >= 0, v), guidance * v + (1 - guidance) * unlabelled, v)
     e = -v
     if len(x_t[jump]):
         args = x_t[jump], r[jump], t[jump], v[jump], None if y is None else y[jump]
@@ -334,7 +344,8 @@ class Embedding(nn.Module):
     def forward(self, r, t, y):
         angles = _scaled(torch.stack((t, t - r), 1)[..., None], self.frequencies)  # (B, 2, F)
         times = torch.cat((angles.cos(), angles.sin()), 1).flatten(1)
-        times, label = self.time(times[:, :, None, None]), self.label(y)[:, :, None, None]
+        label = self.label(torch.where(y < 0, self.label.num_embeddings - 1, y))
+        times, label = self.time(times[:, :, None, None]), label[:, :, None, None]
         return F.silu(self.mix(F.silu(times + label)))
 
 
@@ -414,7 +425,7 @@ class UNet(nn.Module):
     blocks       residual blocks of each level on the way down, and on the way up; one in the middle
     attention    number of levels with self-attention, counted from the lowest
     patch        side of the square of pixels that becomes one pixel of the first level
-    classes      number of labels, 0 for none; a missing y stands for "no label"
+    classes      number of labels, 0 for none; a missing or negative y is "no label"
     dropout      probability in [0, 1)
     Raises ValueError for sizes that do not divide.
     """
@@ -437,10 +448,10 @@ class UNet(nn.Module):
         self.last = _zero(Conv2d(widths[0], channels * patch**2, 3, padding=1))
 
     def forward(self, x, r, t, y=None):
-        """Return u shaped like x (B, channels, size, size); r, t: (B,); y: (B,) in [0, classes)."""
+        """Return u shaped like x (B, channels, size, size); r, t: (B,); y: (B,) below classes."""
         _require(x.shape[1:] == self.shape, f"x must be (B, *{self.shape}), got {tuple(x.shape)}")
         if y is None:
-            y = torch.full_like(r, self.classes, dtype=torch.long)
+            y = torch.full_like(r, -1, dtype=torch.long)
         h = self.first(F.pixel_unshuffle(x, self.patch))
         h = self.levels(h, self.embedding(r, t, y))
         return F.pixel_shuffle(self.last(F.silu(self.norm(h))), self.patch)
@@ -453,6 +464,7 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 CUDA = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
 DEVICES = ["cuda", *CUDA, "cpu"] if CUDA else ["cpu"]
 FORMAT = "meanflow 3"  # of checkpoints
+LABEL_DROPOUT = 0.1  # share of labels that guidance takes away
 PATIENCE = 20  # steps in a row without a finite gradient
 UNREADABLE = OSError, EOFError, RuntimeError, ValueError, AssertionError, pickle.UnpicklingError
 RESUMABLE = {"data", "out", "device", "resume", "compile", "tensorboard"}  # settings that may
@@ -508,8 +520,8 @@ def train_parser(description, **defaults):
     flag("--clip", type=POSITIVE, default=20.0, help="largest norm of the gradient")
     flag("--ema", type=DECAY, default=0.999, help="decay of the averaged weights, per step")
     flag("--lambda-schedule", choices=LAMBDA_SCHEDULES, help="curriculum of λ; without it λ = 0")
-    flag("--lambda-max", type=SHARE, default=1.0, help="final λ of the curriculum")
-    flag("--lambda-warmup", type=STEPS, help="steps in which λ rises; without it half of all")
+    flag("--lambda-max", type=SHARE, default=1.0, help="largest λ of the curriculum")
+    flag("--lambda-warmup", type=STEPS, help="steps in which λ changes; without it half of all")
     flag("--tangent", choices=TANGENTS, default="conditional", help="direction of du/dt")
     flag("--jump-share", type=SHARE, default=0.25, help="share of samples with r < t")
     flag("--t-logit", **normal, default=[-0.4, 1.0], help="normal distribution of logit(t)")
@@ -517,6 +529,7 @@ def train_parser(description, **defaults):
     flag("--p", type=_number(float, 0), default=0.75, help="power of the weight's base")
     flag("--c", type=POSITIVE, default=1e-3, help="offset of the weight (||e||² + c)^-p")
     flag("--class-cond", action=switch, default=False, help="condition on the labels")
+    flag("--guidance", type=_number(float, 0), default=1.0, help="ω, away from no label; 1 is off")
     flag("--seed", type=STEPS, default=0, help="seed of all random numbers")
     flag("--device", choices=DEVICES, default=DEVICES[0], help="device to train on")
     flag("--amp", choices=PRECISIONS, help="network's precision; without it float32 on a CPU")
@@ -593,6 +606,14 @@ def load_checkpoint(file):
     return checkpoint
 
 
+def load_model(file):
+    """Return the UNet with the averaged weights that `train` saved."""
+    checkpoint = load_checkpoint(file)
+    model = UNet(**checkpoint["unet"])
+    model.load_state_dict(checkpoint["ema"])
+    return model
+
+
 def train(model, images, labels, args, *, flip=False):
     """Train the UNet `model`; write checkpoint.pt, log.csv and pictures into args.out.
 
@@ -657,6 +678,7 @@ def _settle(args, model, images, labels, world):
     _require(not args.tensorboard or find_spec("tensorboard"), "--tensorboard: it is not installed")
     fit = images.dtype == torch.uint8 and images.shape[1:] == model.shape
     _require(fit, f"images must be uint8 (N, *{model.shape}), got {tuple(images.shape)}")
+    _require(args.guidance == 1 or labels is not None, "--guidance needs labels: --class-cond")
     if labels is not None:
         low, high = int(labels.min()), int(labels.max())
         fit = low >= 0 and high < model.classes
@@ -713,16 +735,19 @@ class Objective(nn.Module):
     DistributedDataParallel and compile wrap it as a whole, with the JVP on the inside.
     """
 
-    def __init__(self, model, *, jump_share, t_logit, r_logit, tangent, p, c):
+    def __init__(self, model, *, jump_share, t_logit, r_logit, tangent, guidance, p, c):
         super().__init__()
-        self.model, self.weighting, self.jump_share = model, (tangent, p, c), jump_share
+        self.model, self.options, self.jump_share = model, (tangent, guidance, p, c), jump_share
+        self.label_dropout = LABEL_DROPOUT if guidance != 1 else 0.0
         self.times = {"jump_share": jump_share, "t_logit": t_logit, "r_logit": r_logit}
 
     def forward(self, x0, lam, y=None):
         r, t = sample_times(len(x0), **self.times, device=x0.device, dtype=x0.dtype)
         jumps = round(self.jump_share * len(x0))
         parts = slice(jumps), slice(jumps, None)
-        return _loss(self.model, x0, torch.randn_like(x0), r, t, y, lam, *parts, *self.weighting)
+        if self.label_dropout:
+            y = torch.where(torch.rand_like(t) < self.label_dropout, -1, y)
+        return _loss(self.model, x0, torch.randn_like(x0), r, t, y, lam, *parts, *self.options)
 
 
 class _Run:
@@ -736,7 +761,7 @@ class _Run:
         self.scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")
         self.parts = {"model": model, "ema": self.average.module}
         self.parts |= {"optimizer": self.optimizer, "scaler": self.scaler}
-        names = "jump_share", "t_logit", "r_logit", "tangent", "p", "c"
+        names = "jump_share", "t_logit", "r_logit", "tangent", "guidance", "p", "c"
         self.objective = Objective(model, **{name: getattr(args, name) for name in names})
         if args.compile:
             self.objective.compile(dynamic=False)
@@ -859,9 +884,7 @@ def main():
     parser.add_argument("--seed", type=STEPS, default=0, help="seed of the noise")
     parser.add_argument("--device", choices=DEVICES, default=DEVICES[0], help="device to draw on")
     args = parser.parse_args()
-    checkpoint, out = load_checkpoint(args.checkpoint), Path(args.out)
-    model = UNet(**checkpoint["unet"]).to(args.device)
-    model.load_state_dict(checkpoint["ema"])
+    model, out = load_model(args.checkpoint).to(args.device), Path(args.out)
     images, grid = draw(model, args.num, steps=args.steps, seed=args.seed), out.suffix == ".png"
     (out.parent if grid else out).mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate([images] if grid else images):

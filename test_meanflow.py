@@ -52,13 +52,13 @@ class Net(nn.Module):
     def __init__(self, features=3, labels=5):
         super().__init__()
         self.inner = nn.Linear(features + 2, 16)
-        self.label = nn.Embedding(labels, 16)
+        self.label = nn.Embedding(1 + labels, 16)  # the first is -1, no label
         self.outer = nn.Linear(16, features)
         self.double()
 
     def forward(self, x, r, t, y=None):
         h = self.inner(torch.cat((x, r[:, None], t[:, None]), 1))
-        return self.outer(torch.tanh(h if y is None else h + self.label(y)))
+        return self.outer(torch.tanh(h if y is None else h + self.label(1 + y)))
 
 
 def small_unet(**options):
@@ -293,7 +293,7 @@ def test_only_samples_with_r_below_t_pass_through_the_jvp():
 def test_the_objective_of_training_is_the_loss(share, tangent):
     net, (x0, given) = Net(), batch()
     times = {"jump_share": share, "t_logit": (-0.4, 1.0), "r_logit": (-1.0, 1.0)}
-    objective = meanflow.Objective(net, **times, tangent=tangent, p=0.5, c=0.1)
+    objective = meanflow.Objective(net, **times, tangent=tangent, guidance=1.0, p=0.5, c=0.1)
     y = torch.arange(12) % 5
     torch.manual_seed(1)
     loss, err = objective(x0, 0.7, y)
@@ -304,6 +304,42 @@ def test_the_objective_of_training_is_the_loss(share, tangent):
     expected, expected_err = meanflow_loss(net, x0, 0.7, y, **given, **weighting)
     assert_close((loss, err), (expected, expected_err))
     assert_close(gradients(loss, net), gradients(expected, net))
+
+
+def test_guidance_replaces_the_velocity_of_labelled_samples():
+    """The field's formula written out: regression on ω v + (1 - ω) u(x_t, t, t, no label)."""
+    net, (x0, given) = Net(), batch(jump_share=0.5)
+    r, t = given["r"], given["t"]
+    y = torch.tensor([0, 1, -1, 2, -1, 3] * 2)
+    x_t, v = meanflow.path(x0, given["x1"], t)
+    for i in range(12):
+        if y[i] >= 0:
+            v[i] = 3 * v[i] - 2 * net(x_t[i : i + 1], t[i : i + 1], t[i : i + 1])[0]
+    v = v.detach()
+    directions = v, torch.zeros_like(r), torch.ones_like(t)
+    model = lambda x, r, t: net(x, r, t, y)
+    _, dudt = torch.autograd.functional.jvp(model, (x_t, r, t), directions)
+    target = v - (t - r)[:, None] * dudt.detach()
+    expected = (net(x_t, r, t, y) - target).pow(2).sum(1).mean()
+    loss, _ = meanflow_loss(net, x0, 0.0, y, **given, guidance=3.0, p=0)
+    assert_close(loss, expected)
+    assert_close(gradients(loss, net), gradients(expected, net))
+
+
+@pytest.mark.parametrize("guidance, dropped", [(1.0, 0.0), (2.0, 0.1)])
+def test_guidance_takes_a_tenth_of_the_labels_away(guidance, dropped):
+    seen = []
+
+    def model(x, r, t, y=None):
+        seen.extend([] if y is None else y.tolist())
+        return x
+
+    times = {"jump_share": 0.0, "t_logit": (0.0, 1.0), "r_logit": None}
+    options = {"tangent": "conditional", "guidance": guidance, "p": 0.75, "c": 1e-3}
+    objective = meanflow.Objective(model, **times, **options)
+    objective(torch.zeros(10_000, 1), 0.0, torch.full((10_000,), 7))
+    assert set(seen) <= {-1, 7}
+    assert abs(seen.count(-1) / 10_000 - dropped) <= 0.1 * dropped  # three standard deviations
 
 
 def test_float32_agrees_with_float64():
@@ -346,14 +382,16 @@ def test_times_have_the_distributions_asked_for():
 
 
 def test_schedules_at_their_edges():
-    assert {"constant", "linear", "cosine"} <= set(LAMBDA_SCHEDULES)
-    for name in LAMBDA_SCHEDULES:
+    assert set(LAMBDA_SCHEDULES) == {"constant", "linear", "cosine", "falling"}
+    for name in "constant", "linear", "cosine":
         lam = lambda_schedule(name, warmup=10, maximum=0.8)
         values = [lam(step) for step in range(15)]
         assert values == sorted(values) and values[10:] == [0.8] * 5
         assert values[0] == (0.8 if name == "constant" else 0.0)
         assert lambda_schedule(name, warmup=0)(0) == 1.0
     assert lambda_schedule("linear", warmup=10)(3) == 0.3
+    falling = lambda_schedule("falling", warmup=10, maximum=0.5)
+    assert [falling(step) for step in (0, 5, 10, 15)] == [0.5, 0.25, 0, 0]
     assert lambda_schedule("cosine", warmup=10)(5) == pytest.approx(0.5)
     assert lambda_schedule("cosine", warmup=10)(1) < 0.03
 
@@ -436,6 +474,7 @@ def test_labels_matter_and_a_missing_one_is_the_null_class():
     x, (r, t) = torch.randn(4, 1, 8, 8).double(), sample_times(4, dtype=torch.float64)
     out = [net(x, r, t, torch.full((4,), y)) for y in range(4)]
     assert torch.equal(net(x, r, t), out[3])
+    assert torch.equal(net(x, r, t, torch.full((4,), -1)), out[3])
     assert all((out[i] - out[j]).abs().mean() > 1e-4 for i in range(4) for j in range(i))
 
 
@@ -496,6 +535,7 @@ TIMES = {"r": torch.full((4,), 0.2), "t": torch.full((4,), 0.6)}
         (lambda: meanflow_loss(Net(), X0, torch.ones(2)), "lam must be"),
         (lambda: meanflow_loss(Net(), X0, "linear"), "lam must be.*linear"),
         (lambda: meanflow_loss(Net(), X0, 0.0, tangent="true"), "tangent must be.*'true'"),
+        (lambda: meanflow_loss(Net(), X0, 0.0, guidance=2.0), "guidance needs labels.*2.0"),
         (lambda: meanflow_loss(Net(), X0, 0.0, p=-1), "p must be.*-1"),
         (lambda: meanflow_loss(Net(), X0, 0.0, c=0), "c > 0.*c=0"),
         (lambda: meanflow_loss(Net(), X0, 0.0, x1=torch.zeros(4, 2)), r"x1 must be.*\(4, 2\)"),
@@ -674,6 +714,7 @@ def test_the_sampler_refuses_a_foreign_checkpoint(call, tmp_path):
         ("--lr", "inf"),
         ("--ema", 1),
         ("--lambda-max", 1.1),
+        ("--guidance", -1),
         ("--lambda-schedule", "sine"),
         ("--lambda-warmup", 1_000_000),
         ("--lr-warmup", 1_000_000),
@@ -690,6 +731,10 @@ def test_a_wrong_flag_ends_with_one_line_and_nothing_written(
     result = call(train_mnist, "--data", trained / "data", "--out", out, flag, value)
     assert flag in one_line(result)
     assert not out.exists()
+
+
+def test_guidance_without_labels_is_refused(mnist):
+    assert "--guidance needs labels" in one_line(mnist("--no-class-cond", "--guidance", 2))
 
 
 def test_a_batch_that_does_not_divide_by_the_processes_is_refused(tmp_path, monkeypatch):
@@ -761,7 +806,7 @@ def joined_gradient(rank, world, lam, tangent):
     net, (x0, given) = small_unet(), batch(n=8, shape=(1, 8, 8))
     part = slice(rank, None, world)  # of each process's samples, the first half has r < t
     times = {"jump_share": 0.5, "t_logit": (0.0, 1.0), "r_logit": None}
-    objective = meanflow.Objective(net, **times, tangent=tangent, p=0.75, c=1e-3)
+    objective = meanflow.Objective(net, **times, tangent=tangent, guidance=1.0, p=0.75, c=1e-3)
     if world > 1:
         objective = nn.parallel.DistributedDataParallel(objective)
     with pytest.MonkeyPatch.context() as patch:

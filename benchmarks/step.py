@@ -29,7 +29,8 @@ NETWORKS = {
     "cifar": {"channels": 3, "size": 32, **train_cifar.NETWORK},
 }
 
-SETTINGS = {"t_logit": (-0.4, 1.0), "r_logit": None, "tangent": "conditional", "p": 0.75, "c": 1e-3}
+SETTINGS = {"t_logit": (-0.4, 1.0), "r_logit": None, "tangent": "conditional", "guidance": 1.0,
+            "p": 0.75, "c": 1e-3}  # fmt: skip
 
 
 class Others(meanflow.Objective):
