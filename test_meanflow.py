@@ -23,6 +23,7 @@ from torch import nn
 import meanflow
 import train_cifar
 import train_mnist
+import training
 from meanflow import (
     LAMBDA_SCHEDULES,
     UNet,
@@ -290,18 +291,16 @@ def test_only_samples_with_r_below_t_pass_through_the_jvp():
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("tangent", meanflow.TANGENTS)
-def test_the_objective_of_training_is_the_loss(share, tangent):
-    net, (x0, given) = Net(), batch()
+def test_what_is_drawn_gives_the_loss_of_the_same_given(share, tangent):
+    net, (x0, _) = Net(), batch()
     times = {"jump_share": share, "t_logit": (-0.4, 1.0), "r_logit": (-1.0, 1.0)}
-    objective = meanflow.Objective(net, **times, tangent=tangent, guidance=1.0, p=0.5, c=0.1)
-    y = torch.arange(12) % 5
+    weighting, y = {"tangent": tangent, "p": 0.5, "c": 0.1}, torch.arange(12) % 5
     torch.manual_seed(1)
-    loss, err = objective(x0, 0.7, y)
+    loss, err = meanflow.Objective(net, **times, **weighting)(x0, 0.7, y)
     torch.manual_seed(1)
+    x1 = torch.randn_like(x0)
     r, t = sample_times(12, **times, dtype=torch.float64)
-    weighting = {"tangent": tangent, "p": 0.5, "c": 0.1}
-    given = {"r": r, "t": t, "x1": torch.randn_like(x0)}
-    expected, expected_err = meanflow_loss(net, x0, 0.7, y, **given, **weighting)
+    expected, expected_err = meanflow_loss(net, x0, 0.7, y, x1=x1, r=r, t=t, **weighting)
     assert_close((loss, err), (expected, expected_err))
     assert_close(gradients(loss, net), gradients(expected, net))
 
@@ -324,22 +323,6 @@ def test_guidance_replaces_the_velocity_of_labelled_samples():
     loss, _ = meanflow_loss(net, x0, 0.0, y, **given, guidance=3.0, p=0)
     assert_close(loss, expected)
     assert_close(gradients(loss, net), gradients(expected, net))
-
-
-@pytest.mark.parametrize("guidance, dropped", [(1.0, 0.0), (2.0, 0.1)])
-def test_guidance_takes_a_tenth_of_the_labels_away(guidance, dropped):
-    seen = []
-
-    def model(x, r, t, y=None):
-        seen.extend([] if y is None else y.tolist())
-        return x
-
-    times = {"jump_share": 0.0, "t_logit": (0.0, 1.0), "r_logit": None}
-    options = {"tangent": "conditional", "guidance": guidance, "p": 0.75, "c": 1e-3}
-    objective = meanflow.Objective(model, **times, **options)
-    objective(torch.zeros(10_000, 1), 0.0, torch.full((10_000,), 7))
-    assert set(seen) <= {-1, 7}
-    assert abs(seen.count(-1) / 10_000 - dropped) <= 0.1 * dropped  # three standard deviations
 
 
 def test_float32_agrees_with_float64():
@@ -417,6 +400,7 @@ class Wave(nn.Module):
         (meanflow.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)),
         (meanflow.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)),
         (meanflow.GroupNorm(16), nn.GroupNorm(2, 16)),
+        (meanflow.SiLU(), nn.SiLU()),
     ],
 )
 def test_layers_with_a_derivative_of_their_own_agree_with_the_plain_ones(own, plain, lam):
@@ -507,12 +491,12 @@ def test_derivative_and_value_share_the_dropout_mask():
 
     def masked(h):
         torch.manual_seed(1)
-        return net(x + h * v, r, t + h)
+        return total_derivative(net, x + h * v, r, t + h, v)
 
-    torch.manual_seed(1)
-    u, dudt = total_derivative(net, x, r, t, v)
-    assert_close(u, masked(0))
-    assert_close(dudt, (masked(1e-6) - masked(-1e-6)) / 2e-6, rtol=1e-6, atol=1e-6)
+    (up, _), (_, dudt), (down, _) = masked(1e-6), masked(0), masked(-1e-6)
+    assert_close(dudt, (up - down) / 2e-6, rtol=1e-6, atol=1e-6)
+    torch.manual_seed(2)
+    assert (total_derivative(net, x, r, t, v)[1] - dudt).abs().mean() > 0.01  # another mask
 
 
 # Bad input ---------------------------------------------------------------------------------------
@@ -535,7 +519,8 @@ TIMES = {"r": torch.full((4,), 0.2), "t": torch.full((4,), 0.6)}
         (lambda: meanflow_loss(Net(), X0, torch.ones(2)), "lam must be"),
         (lambda: meanflow_loss(Net(), X0, "linear"), "lam must be.*linear"),
         (lambda: meanflow_loss(Net(), X0, 0.0, tangent="true"), "tangent must be.*'true'"),
-        (lambda: meanflow_loss(Net(), X0, 0.0, guidance=2.0), "guidance needs labels.*2.0"),
+        (lambda: meanflow_loss(Net(), X0, torch.tensor(1.5)), "lam must be.*1.5"),
+        (lambda: meanflow_loss(Net(), X0, 0.0, guidance=2.0), "guidance 2.0 needs labels"),
         (lambda: meanflow_loss(Net(), X0, 0.0, p=-1), "p must be.*-1"),
         (lambda: meanflow_loss(Net(), X0, 0.0, c=0), "c > 0.*c=0"),
         (lambda: meanflow_loss(Net(), X0, 0.0, x1=torch.zeros(4, 2)), r"x1 must be.*\(4, 2\)"),
@@ -618,7 +603,7 @@ def call(monkeypatch, capfd):
     def call(module, *flags):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
         try:
-            meanflow.run(module.main)
+            training.run(module.main)
         except SystemExit as end:
             return end.code, capfd.readouterr().err
         return 0, capfd.readouterr().err
@@ -655,7 +640,7 @@ def test_a_seed_repeats_a_training_and_another_does_not(trained, call, tmp_path)
         out = tmp_path / f"{len(logs)}"
         flags = "--steps", 2, "--batch-size", 4, "--data", trained / "data", "--seed", seed
         assert call(train_mnist, *flags, "--out", out)[0] == 0
-        logs.append(meanflow.load_checkpoint(out / "checkpoint.pt")["model"]["last.weight"])
+        logs.append(training.load_checkpoint(out / "checkpoint.pt")["model"]["last.weight"])
     assert torch.equal(logs[0], logs[1]) and not torch.equal(logs[0], logs[2])
 
 
@@ -664,21 +649,24 @@ def test_the_sampler_draws_from_the_checkpoint(trained, call, tmp_path):
     for name, seed, steps in ("a", 1, 1), ("b", 1, 1), ("c", 2, 1), ("d", 1, 2):
         out = tmp_path / f"{name}.png"
         flags = "--num", 20, "--seed", seed, "--steps", steps, "--out", out
-        assert call(meanflow, checkpoint, *flags) == (0, "")
+        assert call(training, checkpoint, *flags) == (0, "")
         drawn[name] = Image.open(out).tobytes()
     assert Image.open(tmp_path / "a.png").size == (10 * 30 + 2, 2 * 30 + 2)
     assert drawn["a"] == drawn["b"] and len(set(drawn.values())) == 3
+    command = sys.executable, ROOT / "meanflow.py", checkpoint, "--num", "20", "--seed", "2"
+    subprocess.run([*command, "--out", tmp_path / "e.png"], check=True, timeout=100)
+    assert Image.open(tmp_path / "e.png").tobytes() == drawn["c"]
     many = tmp_path / "new" / "many"
-    assert call(meanflow, checkpoint, "--num", 3, "--out", many) == (0, "")
+    assert call(training, checkpoint, "--num", 3, "--out", many) == (0, "")
     assert sorted(file.name for file in many.iterdir()) == [f"{i:06}.png" for i in range(3)]
     assert Image.open(many / "000002.png").size == (28, 28)
 
 
 def test_pictures_come_from_the_averaged_weights(trained, call, tmp_path):
-    checkpoint = meanflow.load_checkpoint(trained / "run" / "checkpoint.pt")
+    checkpoint = training.load_checkpoint(trained / "run" / "checkpoint.pt")
     net = UNet(**checkpoint["unet"])
     net.load_state_dict(checkpoint["ema"])
-    meanflow.save_images(meanflow.draw(net, 80), tmp_path / "average.png")
+    training.save_images(training.draw(net, 80), tmp_path / "average.png")
     assert Image.open(tmp_path / "average.png") == Image.open(trained / "run" / "step-000005.png")
     assert not torch.equal(checkpoint["ema"]["last.weight"], checkpoint["model"]["last.weight"])
 
@@ -694,13 +682,13 @@ def test_the_sampler_refuses_what_is_no_checkpoint(call, tmp_path, content):
     if content is not None:
         (tmp_path / "x.pt").write_bytes(content)
     out = tmp_path / "samples.png"
-    assert "x.pt" in one_line(call(meanflow, tmp_path / "x.pt", "--out", out))
+    assert "x.pt" in one_line(call(training, tmp_path / "x.pt", "--out", out))
     assert not out.exists()
 
 
 def test_the_sampler_refuses_a_foreign_checkpoint(call, tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "x.pt")
-    assert "x.pt is not a checkpoint" in one_line(call(meanflow, tmp_path / "x.pt"))
+    assert "x.pt is not a checkpoint" in one_line(call(training, tmp_path / "x.pt"))
 
 
 @pytest.mark.parametrize(
@@ -727,7 +715,7 @@ def test_a_wrong_flag_ends_with_one_line_and_nothing_written(
     trained, call, tmp_path, monkeypatch, flag, value
 ):
     out = tmp_path / "new"
-    monkeypatch.setattr(meanflow, "DEVICES", ["cpu"])
+    monkeypatch.setattr(training, "DEVICES", ["cpu"])
     result = call(train_mnist, "--data", trained / "data", "--out", out, flag, value)
     assert flag in one_line(result)
     assert not out.exists()
@@ -738,11 +726,11 @@ def test_guidance_without_labels_is_refused(mnist):
 
 
 def test_a_batch_that_does_not_divide_by_the_processes_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(meanflow, "_processes", lambda args: contextlib.nullcontext((0, 3)))
-    args = meanflow.train_parser("").parse_args(["--out", str(tmp_path / "run")])
+    monkeypatch.setattr(training, "_processes", lambda args: contextlib.nullcontext((0, 3)))
+    args = training.train_parser("").parse_args(["--out", str(tmp_path / "run")])
     images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"--batch-size 64.*3 processes"):
-        meanflow.train(UNet(1, size=8, width=8), images, None, args)
+        training.train(UNet(1, size=8, width=8), images, None, args)
     assert not (tmp_path / "run").exists()
 
 
@@ -775,7 +763,7 @@ def mnist(trained, call, tmp_path):
 
 
 def weights(out):
-    checkpoint = meanflow.load_checkpoint(out / "checkpoint.pt")
+    checkpoint = training.load_checkpoint(out / "checkpoint.pt")
     return {k: v for part in ("model", "ema") for k, v in checkpoint[part].items()}
 
 
@@ -834,7 +822,7 @@ def worker(rank, folder):
         flags = f"--steps 4 --batch-size 6 --log-every 2 --out {folder}/{tangent}{maximum}"
         flags += f" --tangent {tangent} --lambda-schedule constant --lambda-max {maximum}"
         net = UNet(1, size=8, width=8)
-        meanflow.train(net, images, None, meanflow.train_parser("").parse_args(flags.split()))
+        training.train(net, images, None, training.train_parser("").parse_args(flags.split()))
         trained.append(net.state_dict())
     torch.save((grads, trained), folder / f"{rank}.pt")
     torch.distributed.barrier()
@@ -852,7 +840,7 @@ def test_two_processes_make_one_training(tmp_path):
         assert torch.equal(one, two)
     for net, other in zip(nets, others, strict=True):
         assert all(torch.equal(net[name], other[name]) for name in net)
-    saved = meanflow.load_checkpoint(tmp_path / "marginal1" / "checkpoint.pt")
+    saved = training.load_checkpoint(tmp_path / "marginal1" / "checkpoint.pt")
     assert saved["step"] == 4 and torch.equal(saved["model"]["last.bias"], net["last.bias"])
     assert len((tmp_path / "marginal1" / "log.csv").read_text().splitlines()) == 3
 
@@ -873,7 +861,7 @@ def test_torchrun_trains(trained, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("2/2") == 1  # one process reports
-    assert meanflow.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 2
+    assert training.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 2
 
 
 STEPS = "--steps", 30, "--log-every", 3, "--checkpoint-every", 5, "--lambda-schedule", "linear"
@@ -891,7 +879,7 @@ def test_a_stopped_training_resumes_to_the_same_bits(trained, mnist, tmp_path, e
     output, error = process.communicate(timeout=60)
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(end, -end)
     assert not error
-    stopped = meanflow.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"]
+    stopped = training.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"]
     assert 5 <= stopped < 30 and ("--resume" in output) == (end != signal.SIGKILL)
     assert mnist(*STEPS, "--resume")[0] == 0
     assert mnist(*STEPS, out="whole")[0] == 0
@@ -924,13 +912,13 @@ def test_an_existing_run_is_not_overwritten(mnist, tmp_path):
 
 def spoil(monkeypatch, steps):
     """Make the loss of the given steps, counted from 1, not a number."""
-    loss, count = meanflow._loss, iter(range(1, 10_000))
+    loss, count = meanflow.meanflow_loss, iter(range(1, 10_000))
 
     def spoilt(*args, **options):
         value, err = loss(*args, **options)
         return value * (math.nan if next(count) in steps else 1.0), err
 
-    monkeypatch.setattr(meanflow, "_loss", spoilt)
+    monkeypatch.setattr(meanflow, "meanflow_loss", spoilt)
 
 
 def test_an_isolated_nan_skips_that_update(mnist, tmp_path, monkeypatch):
@@ -939,7 +927,7 @@ def test_an_isolated_nan_skips_that_update(mnist, tmp_path, monkeypatch):
     rows = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
     assert [int(row["skipped"]) for row in rows] == [0, 1, 0, 1, 0, 0]
     assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
-    steps = meanflow.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["optimizer"]["state"]
+    steps = training.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["optimizer"]["state"]
     assert {int(state["step"]) for state in steps.values()} == {4}
 
 
@@ -954,8 +942,8 @@ def test_weights_that_are_not_finite_are_not_saved(mnist, tmp_path, monkeypatch)
     flags = "--no-lr-decay", "--lr-warmup", 1, "--lambda-warmup", 1
     assert mnist("--steps", 2, *flags)[0] == 0
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    step = meanflow._Run.update
-    monkeypatch.setattr(meanflow._Run, "update", lambda run, *rest: (
+    step = training._Run.update
+    monkeypatch.setattr(training._Run, "update", lambda run, *rest: (
         step(run, *rest), run.model.last.bias.data.fill_(math.inf)))  # fmt: skip
     assert "not finite after step 3" in one_line(mnist("--steps", 3, "--resume", *flags))
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
@@ -1056,14 +1044,14 @@ def test_truncated_data_are_named(call, tmp_path, monkeypatch):
     ],
 )
 def test_images_and_labels_that_do_not_fit_are_named(images, labels, message, tmp_path):
-    args = meanflow.train_parser("").parse_args(["--out", str(tmp_path / "run")])
+    args = training.train_parser("").parse_args(["--out", str(tmp_path / "run")])
     with pytest.raises(ValueError, match=message):
-        meanflow.train(UNet(1, size=8, width=8, classes=3), images, labels, args)
+        training.train(UNet(1, size=8, width=8, classes=3), images, labels, args)
     assert not (tmp_path / "run").exists()
 
 
 def test_tensorboard_gets_scalars_and_pictures(mnist, monkeypatch, tmp_path):
-    monkeypatch.setattr(meanflow, "find_spec", lambda name: None)
+    monkeypatch.setattr(training, "find_spec", lambda name: None)
     assert "tensorboard" in one_line(mnist("--steps", 2, "--tensorboard"))
     written = []
 
@@ -1078,7 +1066,7 @@ def test_tensorboard_gets_scalars_and_pictures(mnist, monkeypatch, tmp_path):
             assert images.shape[1:] == (1, 28, 28) and images.min() >= 0 and images.max() <= 1
             written.append((name, step))
 
-    monkeypatch.setattr(meanflow, "find_spec", lambda name: name)
+    monkeypatch.setattr(training, "find_spec", lambda name: name)
     fake = types.SimpleNamespace(SummaryWriter=SummaryWriter)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
     assert mnist("--steps", 2, "--log-every", 1, "--tensorboard")[0] == 0
@@ -1106,7 +1094,7 @@ def test_cifar_trains_and_draws(call, tmp_path, monkeypatch, labels):
     flags = "--preset", "tiny", "--steps", 2, "--batch-size", 8, "--lambda-schedule", "linear"
     place = "--data", tmp_path / "data", "--out", tmp_path / "run"
     assert call(train_cifar, *flags, *place, *labels, "--amp", "bf16") == (0, "")
-    net = meanflow.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["unet"]
+    net = training.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["unet"]
     assert (net["channels"], net["size"], net["classes"]) == (3, 32, 10 if labels else 0)
     assert Image.open(tmp_path / "run" / "samples.png").size == (10 * 34 + 2, 12 * 34 + 2)
 
@@ -1119,29 +1107,43 @@ def test_every_step_and_every_process_draws_its_own_batch(tmp_path, monkeypatch)
         run.step += 1
         run.recent.append(torch.zeros(4))
 
-    monkeypatch.setattr(meanflow._Run, "update", update)
+    monkeypatch.setattr(training._Run, "update", update)
     images = torch.randint(0, 256, (50, 1, 8, 8), dtype=torch.uint8)
     for rank in 0, 1, 1:
         here = contextlib.nullcontext((rank, 1))
-        monkeypatch.setattr(meanflow, "_processes", lambda args, here=here: here)
+        monkeypatch.setattr(training, "_processes", lambda args, here=here: here)
         flags = ["--steps", "2", "--batch-size", "8", "--out", str(tmp_path / f"{len(seen)}")]
-        args = meanflow.train_parser("").parse_args(flags)
-        meanflow.train(UNet(1, size=8, width=8), images, None, args)
+        args = training.train_parser("").parse_args(flags)
+        training.train(UNet(1, size=8, width=8), images, None, args)
     for part in range(2):
         draws = [draw[part] for draw in seen]
         for i, j in itertools.combinations(range(6), 2):
             assert torch.equal(draws[i], draws[j]) == ((i, j) in {(2, 4), (3, 5)})
 
 
+@pytest.mark.parametrize("guidance, dropped", [("1", 0.0), ("2", 0.1)])
+def test_guidance_takes_a_tenth_of_the_labels_away(tmp_path, monkeypatch, guidance, dropped):
+    seen = []
+    monkeypatch.setattr(training._Run, "update", lambda run, x0, lam, y: (
+        seen.extend(y.tolist()), setattr(run, "step", 1),
+        run.recent.append(torch.zeros(4))))  # fmt: skip
+    images, labels = torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([2, 2])
+    flags = f"--steps 1 --batch-size 5000 --guidance {guidance} --out {tmp_path / 'run'}"
+    args = training.train_parser("").parse_args(flags.split())
+    training.train(UNet(1, size=8, width=8, classes=3), images, labels, args)
+    assert set(seen) <= {-1, 2}
+    assert abs(seen.count(-1) / 5000 - dropped) <= 0.1 * dropped  # more than two deviations
+
+
 def test_flips_mirror_about_half_of_the_images(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(meanflow._Run, "update", lambda run, x0, *rest: (
+    monkeypatch.setattr(training._Run, "update", lambda run, x0, *rest: (
         seen.append(x0), setattr(run, "step", 1), run.recent.append(torch.zeros(4))))  # fmt: skip
     images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
     images[..., 0] = 255
     flags = ["--steps", "1", "--batch-size", "100", "--out", str(tmp_path / "run")]
-    args = meanflow.train_parser("").parse_args(flags)
-    meanflow.train(UNet(1, size=8, width=8), images, None, args, flip=True)
+    args = training.train_parser("").parse_args(flags)
+    training.train(UNet(1, size=8, width=8), images, None, args, flip=True)
     left, right = (seen[0][..., column] == 1 for column in (0, -1))
     assert torch.equal(left, ~right) and 30 < left[:, 0, 0].sum() < 70
 

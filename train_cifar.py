@@ -3,7 +3,8 @@
 import torch
 from torchvision.datasets import CIFAR10
 
-import meanflow
+import training
+from meanflow import UNet
 
 RECIPE = {  # published (8 GPUs, arXiv:2505.13447 and its code) where it differs
     "out": "runs/cifar",
@@ -45,7 +46,7 @@ TINY_NETWORK = {"width": 48, "multipliers": (1, 2), "patch": 2}
 
 
 def main():
-    parser = meanflow.train_parser(__doc__, **RECIPE)
+    parser = training.train_parser(__doc__, **RECIPE)
     parser.add_argument("--preset", choices=["tiny"], help="a network and recipe for a CPU")
     network = NETWORK
     if parser.parse_args().preset == "tiny":
@@ -53,12 +54,12 @@ def main():
         network = TINY_NETWORK
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    cifar = meanflow.load_dataset(CIFAR10, args.data)
+    cifar = training.load_dataset(CIFAR10, args.data)
     images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()  # uint8 (N, 3, 32, 32)
     labels = torch.tensor(cifar.targets) if args.class_cond else None
-    model = meanflow.UNet(channels=3, size=32, classes=10 if args.class_cond else 0, **network)
-    meanflow.train(model, images, labels, args, flip=True)
+    model = UNet(channels=3, size=32, classes=10 if args.class_cond else 0, **network)
+    training.train(model, images, labels, args, flip=True)
 
 
 if __name__ == "__main__":
-    meanflow.run(main)
+    training.run(main)

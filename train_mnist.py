@@ -3,11 +3,12 @@
 import torch
 from torchvision.datasets import MNIST
 
-import meanflow
+import training
+from meanflow import UNet
 
 
 def main():
-    parser = meanflow.train_parser(
+    parser = training.train_parser(
         __doc__,
         out="runs/mnist",
         steps=4_000,
@@ -20,8 +21,8 @@ def main():
     )
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    mnist = meanflow.load_dataset(MNIST, args.data)
-    model = meanflow.UNet(
+    mnist = training.load_dataset(MNIST, args.data)
+    model = UNet(
         channels=1,
         size=28,
         patch=2,  # pixels become 2x2 patches: convolutions at 14x14 and 7x7
@@ -30,8 +31,8 @@ def main():
         classes=10 if args.class_cond else 0,
     )
     labels = mnist.targets if args.class_cond else None
-    meanflow.train(model, mnist.data[:, None], labels, args)
+    training.train(model, mnist.data[:, None], labels, args)
 
 
 if __name__ == "__main__":
-    meanflow.run(main)
+    training.run(main)

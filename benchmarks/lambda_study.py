@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from quality import Quality
 
 import meanflow
+import training
 
 SCHEDULES = {  # λ as flags of the training scripts
     "0": "",
@@ -86,7 +87,7 @@ def train(job):
     if result.exists():
         return job[0], json.loads(result.read_text())
     torch.set_num_threads(1)
-    parser = meanflow.train_parser(None, **RECIPE, **QUIET, out=str(run), class_cond=True)
+    parser = training.train_parser(None, **RECIPE, **QUIET, out=str(run), class_cond=True)
     flags = f"{SCHEDULES[schedule]} --tangent {tangent} --seed {seed} --steps {steps} --resume"
     args = parser.parse_args(flags.split())
     torch.manual_seed(seed)
@@ -94,9 +95,9 @@ def train(job):
     mnist = MNIST(data)
     start = time.process_time()
     with contextlib.redirect_stdout(open(os.devnull, "w")):
-        model = meanflow.train(model, mnist.data[:, None], mnist.targets, args)
+        model = training.train(model, mnist.data[:, None], mnist.targets, args)
     seconds = time.process_time() - start
-    images, labels = meanflow.draw(model, 5000), torch.arange(5000) % 10
+    images, labels = training.draw(model, 5000), torch.arange(5000) % 10
     distance, _, recall, agreement = Quality(data, Path(out, "classifier.pt")).measure(
         images, labels
     )

@@ -21,19 +21,17 @@ from torchvision.datasets import MNIST
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import meanflow
+import training
 
 FEATURES = 128
 
 
-class Classifier(nn.Sequential):
-    def __init__(self):
-        layers = [nn.Flatten(), nn.Unflatten(1, (1, 28, 28))]
-        for inputs, outputs in (1, 32), (32, 64), (64, FEATURES):
-            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs)]
-            layers += [nn.ReLU(), nn.MaxPool2d(2)]
-        head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(FEATURES, 10)
-        super().__init__(*layers, *head)
+def classifier():
+    layers = [nn.Flatten(), nn.Unflatten(1, (1, 28, 28))]
+    for inputs, outputs in (1, 32), (32, 64), (64, FEATURES):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs)]
+        layers += [nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(FEATURES, 10))
 
 
 def as_float(images):
@@ -43,7 +41,7 @@ def as_float(images):
 def train_classifier(images, labels, *, epochs=3, batch=128):
     """Return a classifier of uint8 (N, 28, 28), trained on randomly shifted images."""
     torch.manual_seed(0)
-    model, steps = Classifier().train(), epochs * (len(images) // batch)
+    model, steps = classifier().train(), epochs * (len(images) // batch)
     optimizer = torch.optim.Adam(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
     for _ in range(steps):
@@ -63,10 +61,10 @@ class Quality:
     def __init__(self, data, cache):
         train, test = (MNIST(data, train=train) for train in (True, False))
         if not Path(cache).exists():
-            classifier = train_classifier(train.data, train.targets)
+            trained = train_classifier(train.data, train.targets)
             Path(cache).parent.mkdir(parents=True, exist_ok=True)
-            torch.save(classifier.state_dict(), cache)
-        self.classifier = Classifier().eval()
+            torch.save(trained.state_dict(), cache)
+        self.classifier = classifier().eval()
         self.classifier.load_state_dict(torch.load(cache, weights_only=True))
         self.real, classes = self.look(as_float(test.data))
         self.accuracy = (classes == test.targets).float().mean().item()
@@ -118,10 +116,10 @@ def main():
     )
     row = "| {} | {} | {:.1f} | {:.2f} | {:.2f} | {:.2f} |"
     for file in args.checkpoint:
-        model = meanflow.load_model(file)
+        model = training.load_model(file)
         labels = torch.arange(args.num) % model.classes if model.classes else None
         for steps in args.steps:
-            images = meanflow.draw(model, args.num, steps=steps)
+            images = training.draw(model, args.num, steps=steps)
             print(row.format(file, steps, *quality.measure(images, labels)), flush=True)
     print(row.format("training images", "", *quality.floor))
 

@@ -29,21 +29,18 @@ NETWORKS = {
     "cifar": {"channels": 3, "size": 32, **train_cifar.NETWORK},
 }
 
-SETTINGS = {"t_logit": (-0.4, 1.0), "r_logit": None, "tangent": "conditional", "guidance": 1.0,
-            "p": 0.75, "c": 1e-3}  # fmt: skip
 
-
-class Others(meanflow.Objective):
+class Others(torch.nn.Module):
     """The same loss as other implementations compute it: every sample through the JVP `derive`."""
 
     def __init__(self, net, derive):
-        super().__init__(net, **SETTINGS, jump_share=0.25)
-        self.derive = derive
+        super().__init__()
+        self.net, self.derive = net, derive
 
     def forward(self, x0, lam):
-        r, t = meanflow.sample_times(len(x0), **self.times, device=x0.device)
+        r, t = meanflow.sample_times(len(x0), device=x0.device)
         x_t, v = meanflow.path(x0, torch.randn_like(x0), t)
-        u, dudt = self.derive(self.model, (x_t, r, t), (v, torch.zeros_like(r), torch.ones_like(t)))
+        u, dudt = self.derive(self.net, (x_t, r, t), (v, torch.zeros_like(r), torch.ones_like(t)))
         e = u + (t - r)[:, None, None, None] * meanflow.sg_lambda(dudt, lam) - v
         square = e.square().sum((1, 2, 3))
         return (square / (square.detach() + 1e-3) ** 0.75).mean(), square.detach()
@@ -72,12 +69,14 @@ def plain(net):
             module.__class__ = torch.nn.Conv2d
         elif isinstance(module, meanflow.GroupNorm):
             module.__class__ = PlainNorm
+        elif isinstance(module, meanflow.SiLU):
+            module.__class__ = torch.nn.SiLU
     return copy
 
 
 def ways(net, shares, compiled, amp):
     """Return {name: (objective, λ, theory)} of all that is compared, flow matching first."""
-    ours = {q: meanflow.Objective(net, **SETTINGS, jump_share=q) for q in (0.0, *shares)}
+    ours = {q: meanflow.Objective(net, jump_share=q) for q in (0.0, *shares)}
     table = {"flow matching": (ours[0.0], 0.0, 1.0)}
     for lam, q in product((0.0, 1.0), shares):
         table[f"λ = {lam:.0f}, q = {q}"] = ours[q], lam, 1 + q * (1 / 3 if lam == 0 else 1)
