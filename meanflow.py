@@ -171,30 +171,10 @@ def meanflow_loss(
     Returns the scalar loss and, for a log, the detached mean of e² in each sample, (B,).
     Raises ValueError that names the argument.
     """
-    require(torch.is_tensor(x0) and x0.is_floating_point(), "x0 must be a float tensor: {!r}", x0)
-    require(x0.ndim > 1 and len(x0), "x0 must be (B, ...), got shape {}", tuple(x0.shape))
-    require(y is None or len(y) == len(x0), "y must have a label for each of x0, got {!r}", y)
-    number = lam.ndim == 0 if torch.is_tensor(lam) else isinstance(lam, int | float)
-    waits = torch.is_tensor(lam) and (lam.is_cuda or torch.compiler.is_compiling())
-    require(number and (waits or 0 <= lam <= 1), "lam must be a number in [0, 1], got {!r}", lam)
-    require(tangent in TANGENTS, "tangent must be one of {}, got {!r}", TANGENTS, tangent)
-    require(guidance == 1 or y is not None, "guidance {!r} needs labels y", guidance)
-    require(p >= 0 and c > 0, "p must be >= 0 and c > 0, got p={!r}, c={!r}", p, c)
-    require((r is None) == (t is None), "r and t must be given together")
-    if x1 is None:
-        x1 = torch.randn_like(x0)
+    _check_arguments(x0, y, lam, tangent, guidance, p, c)
+    x1 = torch.randn_like(x0) if x1 is None else x1
     _require_like("x1", x1, x0)
-    if t is None:
-        r, t = sample_times(len(x0), jump_share=jump_share, t_logit=t_logit, r_logit=r_logit,
-                            device=x0.device, dtype=x0.dtype)  # fmt: skip
-        jumps = round(jump_share * len(x0))
-        jump, stay = slice(jumps), slice(jumps, None)
-    else:
-        _require_like("r", r, x0.flatten(1)[:, 0])
-        _require_like("t", t, x0.flatten(1)[:, 0])
-        ordered = ((r >= 0) & (r <= t) & (t <= 1)).all()
-        require(ordered, "need 0 <= r <= t <= 1, got r={}, t={}", r, t)
-        jump, stay = (r < t).nonzero().flatten(), (r == t).nonzero().flatten()
+    r, t, jump, stay = _pairs(x0, r, t, jump_share, t_logit, r_logit)
 
     x_t, v = path(x0, x1, t)
     if guidance != 1:
@@ -220,6 +200,33 @@ def _implied_velocity(model, x_t, r, t, v, y, lam, tangent):
     keep = torch.is_tensor(lam) or lam > 0
     u, dudt = total_derivative(model, x_t, r, t, v, y, gradients=keep)
     return u + _like(t - r, u) * sg_lambda(dudt, lam)
+
+
+def _pairs(x0, r, t, jump_share, t_logit, r_logit):
+    """Return r and t, drawn if not given, and where r < t and where r = t: slices or indices."""
+    if r is None and t is None:
+        as_x0 = {"device": x0.device, "dtype": x0.dtype}
+        options = {"jump_share": jump_share, "t_logit": t_logit, "r_logit": r_logit}
+        jumps = round(jump_share * len(x0))
+        return *sample_times(len(x0), **options, **as_x0), slice(jumps), slice(jumps, None)
+    require(r is not None and t is not None, "r and t must be given together")
+    _require_like("r", r, x0.flatten(1)[:, 0])
+    _require_like("t", t, x0.flatten(1)[:, 0])
+    ordered = ((r >= 0) & (r <= t) & (t <= 1)).all()
+    require(ordered, "need 0 <= r <= t <= 1, got r={}, t={}", r, t)
+    return r, t, (r < t).nonzero().flatten(), (r == t).nonzero().flatten()
+
+
+def _check_arguments(x0, y, lam, tangent, guidance, p, c):
+    require(torch.is_tensor(x0) and x0.is_floating_point(), "x0 must be a float tensor: {!r}", x0)
+    require(x0.ndim > 1 and len(x0), "x0 must be (B, ...), got shape {}", tuple(x0.shape))
+    require(y is None or len(y) == len(x0), "y must have a label for each of x0, got {!r}", y)
+    number = lam.ndim == 0 if torch.is_tensor(lam) else isinstance(lam, int | float)
+    unread = torch.is_tensor(lam) and (lam.is_cuda or torch.compiler.is_compiling())
+    require(number and (unread or 0 <= lam <= 1), "lam must be a number in [0, 1], got {!r}", lam)
+    require(tangent in TANGENTS, "tangent must be one of {}, got {!r}", TANGENTS, tangent)
+    require(guidance == 1 or y is not None, "guidance {!r} needs labels y", guidance)
+    require(p >= 0 and c > 0, "p must be >= 0 and c > 0, got p={!r}, c={!r}", p, c)
 
 
 class Objective(nn.Module):
