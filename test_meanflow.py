@@ -1156,3 +1156,11 @@ def test_the_first_block_of_the_readme_runs():
     names = {"batches": [torch.randn(8, 1, 28, 28)] * 2}
     exec(block, names)
     assert names["images"].shape == (64, 1, 28, 28)
+
+
+def test_the_readme_points_at_the_lines_that_it_names():
+    links = re.findall(r"\[`(\w+)`\]\(meanflow\.py#L(\d+)\)", (ROOT / "README.md").read_text())
+    lines = (ROOT / "meanflow.py").read_text().splitlines()
+    assert len(links) > 5
+    for name, line in links:
+        assert re.match(rf"(def|class) {name}\b", lines[int(line) - 1]), (name, line)
