@@ -7,6 +7,7 @@ a share q of samples at r < t. Memory is the peak of what a step allocates, as a
 
     python benchmarks/step.py                    # on CUDA if it is there; else about 5 minutes
     python benchmarks/step.py --network cifar    # the default network of train_cifar.py
+    python benchmarks/step.py --profile          # besides, where a step's time goes
 """
 
 import argparse
@@ -124,7 +125,21 @@ def peak_memory(work, device):
     return peak
 
 
-def compare(network, batch, shares, rounds, device, compiled, amp):
+def print_profile(name, work, device):
+    activity, spent = {
+        "cpu": (torch.profiler.ProfilerActivity.CPU, "self_cpu_time_total"),
+        "cuda": (torch.profiler.ProfilerActivity.CUDA, "self_device_time_total"),
+    }[device]
+    with torch.profiler.profile(activities=[activity]) as result:
+        work()
+    rows = sorted(result.key_averages(), key=lambda row: -getattr(row, spent))
+    total = sum(getattr(row, spent) for row in rows)
+    print(f"\n{name}\n\n| share | calls | operation |\n|---|---|---|")
+    for row in rows[:8]:
+        print(f"| {getattr(row, spent) / total:.0%} | {row.count} | {row.key} |")
+
+
+def compare(network, batch, shares, rounds, device, compiled, amp, profile):
     torch.manual_seed(0)
     net = meanflow.UNet(**NETWORKS[network]).to(device).train()
     x0 = torch.randn(batch, *net.shape, device=device)
@@ -152,6 +167,8 @@ def compare(network, batch, shares, rounds, device, compiled, amp):
         row = f"{theory:.2f}" if theory else "", f"{middle:.2f}", f"{low:.2f} to {high:.2f}"
         row += f"{memory[name] / base_memory:.2f}", f"{batch / base / middle:.0f}"
         print("|", name, "|", " | ".join(row), "|", flush=True)
+    for name in [*works][: 1 + 2 * len(shares)] if profile else ():
+        print_profile(name, works[name], device)
 
 
 def sampling(network, device, sizes):
@@ -176,6 +193,7 @@ def main():
     parser.add_argument("--amp", action=switch, default=cuda, help="bf16 as well as float32")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0],
                         help="shares q of samples at r < t")  # fmt: skip
+    parser.add_argument("--profile", action="store_true", help="print the costliest operations")
     args = parser.parse_args()
     device = "cuda" if cuda else "cpu"
     torch.set_float32_matmul_precision("high")
@@ -183,7 +201,8 @@ def main():
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if cuda else 'CPU'}, "
           f"{torch.get_num_threads()} threads")  # fmt: skip
     for compiled, amp in product((False, True)[: 1 + args.compile], (False, True)[: 1 + args.amp]):
-        compare(args.network, args.batch_size, args.shares, args.rounds, device, compiled, amp)
+        compare(args.network, args.batch_size, args.shares, args.rounds, device, compiled, amp,
+                args.profile)  # fmt: skip
     sampling(args.network, device, [1, 4, 16, 64, 256, 1024])
 
 
