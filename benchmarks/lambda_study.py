@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from quality import Quality
 
 import meanflow
+import train_mnist
 import training
 
 SCHEDULES = {  # λ as flags of the training scripts
@@ -45,8 +46,9 @@ SCHEDULES = {  # λ as flags of the training scripts
     "0 to 1, cosine": "--lambda-schedule cosine",
     "1 to 0, falling": "--lambda-schedule falling",
 }
-RECIPE = {"batch_size": 64, "lr": 3e-3, "lr_decay": True, "beta2": 0.99, "ema": 0.99}
-QUIET = {"log_every": 10_000, "sample_every": 100_000, "checkpoint_every": 100_000}
+RECIPE = {"ema": 0.99, "log_every": 10**6, "sample_every": 10**6, "checkpoint_every": 10**6}
+MEASURES = "seconds", "distance", "precision", "recall", "agreement"
+COLOURS = {"conditional": "#d1495b", "marginal": "#2a7f9e"}
 ASSETS = Path(__file__).parent.parent / "assets"
 
 
@@ -80,119 +82,95 @@ def folder(out, configuration, seed, steps):
 
 
 def train(job):
-    """Train one network on one thread and return (job, its measures)."""
+    """Train one network on one thread and return the configuration and its measures."""
     (schedule, tangent, seed, steps), data, out = job
     run = folder(out, (schedule, tangent), seed, steps)
     result = run / "quality.json"
-    if result.exists():
-        return job[0], json.loads(result.read_text())
-    torch.set_num_threads(1)
-    parser = training.train_parser(None, **RECIPE, **QUIET, out=str(run), class_cond=True)
-    flags = f"{SCHEDULES[schedule]} --tangent {tangent} --seed {seed} --steps {steps} --resume"
-    args = parser.parse_args(flags.split())
-    torch.manual_seed(seed)
-    model = meanflow.UNet(channels=1, size=28, patch=2, width=16, classes=10)
-    mnist = MNIST(data)
-    start = time.process_time()
-    with contextlib.redirect_stdout(open(os.devnull, "w")):
-        model = training.train(model, mnist.data[:, None], mnist.targets, args)
-    seconds = time.process_time() - start
-    images, labels = training.draw(model, 5000), torch.arange(5000) % 10
-    distance, _, recall, agreement = Quality(data, Path(out, "classifier.pt")).measure(
-        images, labels
-    )
-    save_image(make_grid(images[:30] / 2 + 0.5, 10, 0), run / "grid.png")
-    measures = {"seconds": seconds, "distance": distance, "recall": recall, "agreement": agreement}
-    result.write_text(json.dumps(measures))
-    return job[0], measures
+    if not result.exists():
+        torch.set_num_threads(1)
+        parser = training.train_parser(None, **train_mnist.RECIPE | RECIPE | {"out": str(run)})
+        flags = f"{SCHEDULES[schedule]} --tangent {tangent} --seed {seed} --steps {steps} --resume"
+        args = parser.parse_args(flags.split())
+        torch.manual_seed(seed)
+        network = train_mnist.NETWORK | {"width": 16}
+        model = meanflow.UNet(channels=1, size=28, classes=10, **network)
+        mnist = MNIST(data)
+        start = time.process_time()
+        with contextlib.redirect_stdout(open(os.devnull, "w")):
+            model = training.train(model, mnist.data[:, None], mnist.targets, args)
+        seconds = time.process_time() - start
+        images, labels = training.draw(model, 5000), torch.arange(5000) % 10
+        measures = Quality(data, Path(out, "classifier.pt")).measure(images, labels)
+        save_image(make_grid(images[:30] / 2 + 0.5, 10, 0), run / "grid.png")
+        result.write_text(json.dumps(dict(zip(MEASURES, (seconds, *measures), strict=True))))
+    return job[0], json.loads(result.read_text())
 
 
 def mean_and_range(values):
     return sum(values) / len(values), min(values), max(values)
 
 
-def table(title, jobs, results, seeds):
-    print(
-        f"\n**{title}**\n\n| λ | tangent | steps | seconds | distance | recall | label agreement |"
-    )
-    print("|---|---|---|---|---|---|---|")
-    for schedule, tangent, seed, steps in jobs:
-        if seed:
-            continue
-        runs = [results[schedule, tangent, s, steps] for s in range(seeds)]
-        seconds, distance, recall, agreement = (
-            mean_and_range([run[name] for run in runs])
-            for name in ("seconds", "distance", "recall", "agreement")
-        )
-        print(f"| {schedule} | {tangent} | {steps} | {seconds[0]:.0f} "
-              f"| {distance[0]:.0f} ({distance[1]:.0f} to {distance[2]:.0f}) "
-              f"| {recall[0]:.2f} ({recall[1]:.2f} to {recall[2]:.2f}) "
-              f"| {agreement[0]:.2f} |", flush=True)  # fmt: skip
+def table(title, jobs, results):
+    print(f"\n**{title}**\n\n| λ | tangent | seconds | distance | recall | label agreement |")
+    print("|---|---|---|---|---|---|")
+    for schedule, tangent in dict.fromkeys(job[:2] for job in jobs):
+        runs = [results[job] for job in jobs if job[:2] == (schedule, tangent)]
+        row = {name: mean_and_range([run[name] for run in runs]) for name in MEASURES}
+        print(f"| {schedule} | {tangent} | {row['seconds'][0]:.0f}",
+              "| {:.1f} ({:.1f} to {:.1f})".format(*row["distance"]),
+              "| {:.2f} ({:.2f} to {:.2f})".format(*row["recall"]),
+              f"| {row['agreement'][0]:.2f} |", flush=True)  # fmt: skip
 
 
-def curve(jobs, results, seeds, file):
+def curve(results, file):
     """Draw recall and distance against a constant λ, the mean and the range of the seeds."""
-    colours, parts = {"conditional": "#d1495b", "marginal": "#2a7f9e"}, []
     constant = [name for name in SCHEDULES if " " not in name]
-    for panel, (measure, title) in enumerate((("recall", "recall"), ("distance", "distance"))):
-        left, bottom, width, height = 60 + 330 * panel, 220, 250, 170
-        top = max(results[job][measure] for job in jobs if job[0] in constant)
-        scale = 0.25 if measure == "recall" else 250
-        top = scale * -(-top // scale)
-        place = lambda lam, y: (left + width * lam, bottom - height * y / top)  # noqa: B023
-        parts.append(f'<text x="{left}" y="34" font-weight="bold">{title}</text>')
-        for k in range(round(top / scale) + 1):
-            _, y = place(0, k * scale)
-            parts.append(f'<path d="M{left} {y:.1f}h{width}" stroke="#8886"/>')
-            parts.append(
-                f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{k * scale:g}</text>'
-            )
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 660 270" font-size="13" '
+           'font-family="sans-serif" fill="#777">']  # fmt: skip
+    write = lambda x, y, text, more="": svg.append(
+        f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="middle" {more}>{text}</text>'
+    )
+    width, height, bottom = 250, 170, 220
+    for left, measure in (60, "recall"), (390, "distance"):
+        top = 1.05 * max(run[measure] for job, run in results.items() if job[0] in constant)
+        tick = next(k for e in range(-3, 4) for k in (10**e, 2 * 10**e, 5 * 10**e) if 5 * k > top)
+        place = lambda lam, value: (left + width * lam, bottom - height * value / top)  # noqa: B023
+        write(left + width / 2, 30, f"{measure} of one-step samples", 'font-weight="bold"')
+        write(left + width / 2, bottom + 40, "λ")
+        for value in (k * tick for k in range(int(top / tick) + 1)):
+            x, y = place(0, value)
+            svg.append(f'<path d="M{x} {y:.1f}h{width}" stroke="#8886"/>')
+            write(x - 20, y + 4, f"{value:g}")
         for name in constant:
-            x, _ = place(float(name), 0)
-            parts.append(f'<text x="{x}" y="{bottom + 20}" text-anchor="middle">{name}</text>')
-        parts.append(
-            f'<text x="{left + width / 2}" y="{bottom + 40}" text-anchor="middle">λ</text>'
-        )
-        for tangent, colour in colours.items():
+            write(left + width * float(name), bottom + 20, name)
+        for i, (tangent, colour) in enumerate(COLOURS.items()):
+            write(left + width * (i + 1) / 3, 50, tangent, f'style="fill:{colour}"')
             line = []
             for name in constant:
-                runs = [results[job][measure] for job in jobs if job[:2] == (name, tangent)]
-                mean, low, high = (place(float(name), y) for y in mean_and_range(runs))
-                line.append("{:.1f} {:.1f}".format(*mean))
-                parts.append(
-                    f'<path d="M{low[0]:.1f} {low[1]:.1f}V{high[1]:.1f}" stroke="{colour}"/>'
-                )
-            path = "M" + "L".join(line)
-            parts.append(f'<path d="{path}" stroke="{colour}" stroke-width="2" fill="none"/>')
-    for i, (tangent, colour) in enumerate(colours.items()):
-        parts.append(f'<text x="{150 + 90 * i}" y="34" fill="{colour}">{tangent}</text>')
-    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 660 270" font-size="13" '
-    head += 'font-family="sans-serif" fill="#777">'
-    file.write_text("\n".join([head, *parts, "</svg>\n"]))
+                runs = [run[measure] for job, run in results.items() if job[:2] == (name, tangent)]
+                (x, y), (_, low), (_, high) = (place(float(name), v) for v in mean_and_range(runs))
+                line.append(f"{x:.1f} {y:.1f}")
+                svg.append(f'<path d="M{x:.1f} {low:.1f}V{high:.1f}" stroke="{colour}"/>')
+            svg.append(f'<path d="M{"L".join(line)}" stroke="{colour}" fill="none"/>')
+    file.write_text("\n".join([*svg, "</svg>\n"]))
 
 
 def mnist(args):
     configurations = [(name, tangent) for name in SCHEDULES for tangent in meanflow.TANGENTS]
     Quality(args.data, Path(args.out, "classifier.pt"))  # trains the classifier, once
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
-        measure = lambda jobs: dict(
-            pool.map(train, [(job, args.data, args.out) for job in jobs], chunksize=1)
-        )
+        measure = lambda jobs: dict(pool.map(train, [(job, args.data, args.out) for job in jobs]))
         jobs = [(*c, seed, args.steps) for seed in range(args.seeds) for c in configurations]
         results = measure(jobs)
-        table(f"{args.steps} steps", jobs, results, args.seeds)
-        curve(jobs, results, args.seeds, ASSETS / "lambda.svg")
-        seconds = dict.fromkeys(configurations, 0)
-        for job, measures in results.items():
-            seconds[job[:2]] += measures["seconds"] / args.seeds
-        longer = round(args.steps * max(seconds.values()) / seconds["0", "conditional"], -1)
-        jobs = [("0", "conditional", seed, int(longer)) for seed in range(args.seeds)]
-        table("λ = 0 for as long as the slowest took", jobs, measure(jobs), args.seeds)
-    grids = [
-        read_image(str(folder(args.out, c, 0, args.steps) / "grid.png")) for c in configurations
-    ]
-    picture = make_grid(torch.stack(grids) / 255, 2, 16, pad_value=1)
-    save_image(picture, ASSETS / "lambda.png")
+        table(f"{args.steps} steps", jobs, results)
+        curve(results, ASSETS / "lambda.svg")
+        seconds = {c: sum(results[job]["seconds"] for job in jobs if job[:2] == c)
+                   for c in configurations}  # fmt: skip
+        longer = round(args.steps * max(seconds.values()) / seconds["0", "conditional"])
+        jobs = [("0", "conditional", seed, longer) for seed in range(args.seeds)]
+        table(f"λ = 0 for as long as the slowest took, {longer} steps", jobs, measure(jobs))
+    grids = [read_image(folder(args.out, c, 0, args.steps) / "grid.png") for c in configurations]
+    save_image(make_grid(torch.stack(grids) / 255, 2, 16, pad_value=1), ASSETS / "lambda.png")
 
 
 def main():

@@ -68,7 +68,7 @@ class Quality:
         self.classifier.load_state_dict(torch.load(cache, weights_only=True))
         self.real, classes = self.look(as_float(test.data))
         self.accuracy = (classes == test.targets).float().mean().item()
-        self.floor = self.measure(as_float(train.data[: len(test.data)]), None)
+        self.train = as_float(train.data[: len(test.data)])
 
     @torch.no_grad()
     def look(self, images):
@@ -121,7 +121,7 @@ def main():
         for steps in args.steps:
             images = training.draw(model, args.num, steps=steps)
             print(row.format(file, steps, *quality.measure(images, labels)), flush=True)
-    print(row.format("training images", "", *quality.floor))
+    print(row.format("training images", "", *quality.measure(quality.train, None)))
 
 
 if __name__ == "__main__":

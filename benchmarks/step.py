@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import meanflow
 import train_cifar
+import train_mnist
 
 NETWORKS = {
-    "mnist": {"channels": 1, "size": 28, "patch": 2, "classes": 10},
+    "mnist": {"channels": 1, "size": 28, "classes": 10, **train_mnist.NETWORK},
     "cifar-tiny": {"channels": 3, "size": 32, **train_cifar.TINY_NETWORK},
     "cifar": {"channels": 3, "size": 32, **train_cifar.NETWORK},
 }
