@@ -3,8 +3,7 @@
 Unofficial reference implementation of
     You, Liu, He: Modular MeanFlow, 2025, https://arxiv.org/abs/2508.17426
 which builds on
-    Geng, Deng, Bai, Kolter, He: Mean Flows for One-step Generative Modeling, 2025,
-    https://arxiv.org/abs/2505.13447
+    Geng, Deng, Bai, Kolter, He: Mean Flows, 2025, https://arxiv.org/abs/2505.13447
 
 Conventions, the same in the code, the docstrings and the README
     x0, x1     data in [-1, 1] and noise ~ N(0, I), of any shape (B, ...)
@@ -13,7 +12,7 @@ Conventions, the same in the code, the docstrings and the README
     v          x1 - x0, the velocity along it
     u(x, r, t) the average velocity from r to t, what the network learns: x_r = x_t - (t - r) u
     dudt       du/dt along the path, one Jacobian-vector product along (v, 0, 1)
-    lam        λ in [0, 1], the share of the gradient that passes through dudt
+    lam        λ in [0, 1], the share of dudt's own gradient that is kept
 
 Use
     model = UNet(channels=1, size=28)
@@ -64,8 +63,8 @@ def _u(model, x, r, t, y):
 def path(x0, x1, t):
     """Return x_t = (1 - t) x0 + t x1 and its velocity v = x1 - x0, both shaped like x0 (B, ...).
 
-    The Modular MeanFlow paper divides by t - r in its loss: there x0 and x1 are the states at r
-    and t. For the ends of the whole path, as here, dx_t/dt is x1 - x0 itself.
+    The Modular MeanFlow paper divides by t - r in its loss, which is right if x0 and x1 are the
+    states at r and t. For the ends of the whole path, as here, dx_t/dt is x1 - x0 itself.
     """
     t = _like(t, x0)
     return (1 - t) * x0 + t * x1, x1 - x0
@@ -75,9 +74,9 @@ def sample_times(n, *, jump_share=0.25, t_logit=(-0.4, 1.0), r_logit=None, devic
     """Draw n pairs of times 0 <= r <= t <= 1 and return (r, t), both (n,).
 
     n           number of pairs, at least 1
-    jump_share  the first round(jump_share * n) pairs have r < t, the others r = t; in [0, 1]
-    t_logit     mean and standard deviation of logit(t), which is normally distributed
-    r_logit     the same for r, which is then clipped to t; None: two draws from t_logit, sorted
+    jump_share  the first round(jump_share * n) pairs are for r < t, the others r = t; in [0, 1]
+    t_logit     mean and standard deviation of a normally distributed logit(t)
+    r_logit     the same for r, then clipped to t; None: r and t are two draws of t_logit, sorted
     Raises ValueError for values outside these ranges.
     """
     require(isinstance(n, int) and n >= 1, "n must be a positive integer, got {!r}", n)
@@ -116,10 +115,10 @@ LAMBDA_SCHEDULES = tuple(_CURVES)
 
 
 def lambda_schedule(name, *, warmup, maximum=1.0):
-    """Return the curriculum step -> λ: `maximum` throughout, or on its way until `warmup`.
+    """Return the curriculum step -> λ, which changes until step `warmup` and is constant then.
 
-    name     one of LAMBDA_SCHEDULES; "linear" is the paper's λ = min(1, step / warmup), "cosine"
-             rises, too, and "falling" goes from `maximum` to 0
+    name     one of LAMBDA_SCHEDULES: "constant" is `maximum` throughout, "linear" the paper's
+             min(1, step / warmup), "cosine" rises, too, and "falling" goes from `maximum` to 0
     warmup   number of steps, at least 0; with 0 every schedule stays at its end
     maximum  the largest λ, in [0, 1]
     Raises ValueError for anything else.
@@ -157,17 +156,21 @@ def meanflow_loss(
 ):  # fmt: skip
     """Return the loss E[w ||e||²], e = u + (t - r) SG_λ[du/dt] - v, w = stopgrad(||e||² + c)^-p.
 
-    model     callable (x, r, t) or, where labels are given, (x, r, t, y) -> u, shaped like x
+    model     callable (x, r, t) or, where labels are given, (x, r, t, y) -> u, shaped like x; it
+              must treat samples one by one (no batch norm) and have forward-mode derivatives
     x0, y     data (B, ...), whose dtype and device all else shares, and labels (B, ...) or None
     lam       λ in [0, 1], float or 0-dim tensor: 0 is MeanFlow's loss, 1 differentiates all of e
     x1        noise, shaped like x0; if not given, drawn from N(0, I)
     r, t      times (B,), 0 <= r <= t <= 1; if not given, drawn by `sample_times` with jump_share,
-              t_logit and r_logit, and nothing in here waits for the device
-    tangent   direction of du/dt: "conditional", the paper's v, or "marginal", u(x_t, t, t), which
-              leaves the true u a minimum for every λ, at one more forward pass where r < t
-    guidance  ω: where y >= 0, ω v + (1 - ω) u(x_t, t, t) stands for v, at one more forward pass,
-              without labels; it needs some y < 0, "no label", to learn from. 1 is none
-    p, c      power >= 0 and offset > 0 of the adaptive weight; p = 0 is the plain squared error
+              t_logit and r_logit, r < t for the first samples of the batch, so shuffle it; then
+              nothing in here waits for the device
+    tangent   direction of du/dt: "conditional", the paper's v, or "marginal", u(x_t, t, t), with
+              which, for p = 0, the true u is stationary for every λ, at one more forward pass
+              where r < t (in which dropout draws a mask of its own)
+    guidance  ω, for labels (B,): where y >= 0, ω v + (1 - ω) u(x_t, t, t) stands for v, at one more
+              forward pass, model(x, r, t) without labels, which y < 0 must teach; 1 is none
+    p, c      power >= 0 and offset > 0 of the adaptive weight; p = 0 is the plain squared error,
+              others move its minimum from the mean towards the majority
     Returns the scalar loss and, for a log, the detached mean of e² in each sample, (B,).
     Raises ValueError that names the argument.
     """
@@ -183,7 +186,8 @@ def meanflow_loss(
         v = torch.where(_like(y >= 0, v), guidance * v + (1 - guidance) * unlabelled, v)
     e = -v
     if len(x_t[jump]):
-        args = x_t[jump], r[jump], t[jump], v[jump], None if y is None else y[jump]
+        times = r[jump].clone(), t[jump].clone()  # not views, for compile
+        args = x_t[jump], *times, v[jump], None if y is None else y[jump]
         e[jump] += _implied_velocity(model, *args, lam, tangent)
     if len(x_t[stay]):  # t - r = 0: du/dt does not matter
         e[stay] += _u(model, x_t[stay], r[stay], t[stay], None if y is None else y[stay])
@@ -225,7 +229,8 @@ def _check_arguments(x0, y, lam, tangent, guidance, p, c):
     unread = torch.is_tensor(lam) and (lam.is_cuda or torch.compiler.is_compiling())
     require(number and (unread or 0 <= lam <= 1), "lam must be a number in [0, 1], got {!r}", lam)
     require(tangent in TANGENTS, "tangent must be one of {}, got {!r}", TANGENTS, tangent)
-    require(guidance == 1 or y is not None, "guidance {!r} needs labels y", guidance)
+    labels = y is not None and y.ndim == 1
+    require(guidance == 1 or labels, "guidance {!r} needs labels y of shape (B,)", guidance)
     require(p >= 0 and c > 0, "p must be >= 0 and c > 0, got p={!r}, c={!r}", p, c)
 
 
@@ -251,7 +256,7 @@ class Objective(nn.Module):
 def sample(model, x1, *, steps=1, y=None):
     """Return x0 (B, ...), generated from the noise x1 by jumps x_r = x_t - (t - r) u(x_t, r, t).
 
-    model  as in `meanflow_loss`; evaluated in eval mode, its own mode is restored
+    model  as in `meanflow_loss`; a Module is evaluated in eval mode, its own mode is restored
     x1     noise (B, ...) ~ N(0, I); device and dtype of all that follows
     steps  number of jumps and network evaluations, at least 1, on an even grid from t = 1 to 0
     y      labels (B, ...) for a model that takes them
@@ -322,7 +327,7 @@ class SiLU(nn.SiLU):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm over 8 channels, in the precision of its weights, with a derivative of its own.
+    """Group norm in groups of 8 channels and the precision of its weights, with a derivative.
 
     y = w n + b,  n = (x - mean) / std,  dy = w (dx - mean(dx) - n mean(n dx)) / std; the Jacobian
     of n is symmetric, so where the derivative needs no gradient it is the kernel of the backward.
@@ -333,6 +338,9 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x):
         x, dx = forward_ad.unpack_dual(x.to(self.weight.dtype))
+        # the kernels want x and dx laid out alike; on a CPU what follows is fastest channels-last
+        layout = torch.channels_last if x.device.type == "cpu" else torch.contiguous_format
+        x = x.contiguous(memory_format=layout)
         shape = len(x), x.shape[1], x[0, 0].numel(), self.num_groups
         y, mean, rstd = torch.native_group_norm(x, self.weight, self.bias, *shape, self.eps)
 
@@ -341,6 +349,7 @@ class GroupNorm(nn.GroupNorm):
                 dn = self._written_out(x, dx)
             else:
                 kernel, wanted = torch.ops.aten.native_group_norm_backward, [True, False, False]
+                dx = dx.contiguous(memory_format=layout)
                 dn = kernel(dx, x, mean, rstd, None, *shape, wanted)[0]
             return dn * self.weight[:, None, None]
 
@@ -364,7 +373,7 @@ class Embedding(nn.Module):
     def __init__(self, features, classes):
         super().__init__()
         self.register_buffer("frequencies", 2.0 ** torch.arange(-3, 2), persistent=False)
-        self.label = nn.Embedding(classes + 1, features)  # the last row is "no label"
+        self.label = nn.Embedding(1 + classes, features)  # the first row is "no label"
         self.time = Conv2d(4 * len(self.frequencies), features, 1)
         self.mix = Conv2d(features, features, 1)
         self.silu = SiLU()
@@ -372,8 +381,8 @@ class Embedding(nn.Module):
     def forward(self, r, t, y):
         angles = _scaled(torch.stack((t, t - r), 1)[..., None], self.frequencies)  # (B, 2, F)
         times = torch.cat((angles.cos(), angles.sin()), 1).flatten(1)
-        label = self.label(torch.where(y < 0, self.label.num_embeddings - 1, y))
-        times, label = self.time(times[:, :, None, None]), label[:, :, None, None]
+        label = self.label(1 + y.clamp(min=-1))[:, :, None, None]
+        times = self.time(times[:, :, None, None])
         return self.silu(self.mix(self.silu(times + label)))
 
 
@@ -402,7 +411,7 @@ class Block(nn.Module):
 
 class Attention(nn.Module):
     """Self-attention over the pixels, one head. The softmax is written out because
-    `scaled_dot_product_attention` has no forward-mode derivative."""
+    `scaled_dot_product_attention` has no forward-mode derivative in its default backend."""
 
     def __init__(self, channels):
         super().__init__()
@@ -474,7 +483,6 @@ class UNet(nn.Module):
         self.levels = Level(widths, blocks, attention, 4 * width, dropout)
         self.norm, self.silu = GroupNorm(widths[0]), SiLU()
         self.last = _zero(Conv2d(widths[0], channels * patch**2, 3, padding=1))
-        self.to(memory_format=torch.channels_last)  # the faster one for convolutions
 
     def forward(self, x, r, t, y=None):
         """Return u shaped like x (B, channels, size, size); r, t: (B,); y: (B,) below classes."""

@@ -456,9 +456,10 @@ def test_the_unet_depends_on_r_and_on_t_and_on_their_order():
 def test_labels_matter_and_a_missing_one_is_the_null_class():
     net = small_unet(classes=3)
     x, (r, t) = torch.randn(4, 1, 8, 8).double(), sample_times(4, dtype=torch.float64)
-    out = [net(x, r, t, torch.full((4,), y)) for y in range(4)]
-    assert torch.equal(net(x, r, t), out[3])
-    assert torch.equal(net(x, r, t, torch.full((4,), -1)), out[3])
+    out = [net(x, r, t, torch.full((4,), y)) for y in range(-1, 3)]
+    assert torch.equal(net(x, r, t), out[0])
+    with pytest.raises(IndexError):
+        net(x, r, t, torch.full((4,), 3))
     assert all((out[i] - out[j]).abs().mean() > 1e-4 for i in range(4) for j in range(i))
 
 
@@ -521,6 +522,10 @@ TIMES = {"r": torch.full((4,), 0.2), "t": torch.full((4,), 0.6)}
         (lambda: meanflow_loss(Net(), X0, 0.0, tangent="true"), "tangent must be.*'true'"),
         (lambda: meanflow_loss(Net(), X0, torch.tensor(1.5)), "lam must be.*1.5"),
         (lambda: meanflow_loss(Net(), X0, 0.0, guidance=2.0), "guidance 2.0 needs labels"),
+        (
+            lambda: meanflow_loss(Net(), X0, 0.0, torch.ones(4, 2), guidance=2.0),
+            r"guidance 2.0 needs labels y of shape \(B,\)",
+        ),
         (lambda: meanflow_loss(Net(), X0, 0.0, p=-1), "p must be.*-1"),
         (lambda: meanflow_loss(Net(), X0, 0.0, c=0), "c > 0.*c=0"),
         (lambda: meanflow_loss(Net(), X0, 0.0, x1=torch.zeros(4, 2)), r"x1 must be.*\(4, 2\)"),
@@ -704,7 +709,9 @@ def test_the_sampler_refuses_a_foreign_checkpoint(call, tmp_path):
         ("--lambda-max", 1.1),
         ("--guidance", -1),
         ("--lambda-schedule", "sine"),
-        ("--lambda-warmup", 1_000_000),
+        ("--lambda-max", 0.5),  # without a schedule
+        ("--lambda-warmup", 10),
+        ("--jump-share", 0.001),
         ("--lr-warmup", 1_000_000),
         ("--device", "gpu"),
         ("--amp", "fp16"),  # on a CPU
@@ -719,6 +726,11 @@ def test_a_wrong_flag_ends_with_one_line_and_nothing_written(
     result = call(train_mnist, "--data", trained / "data", "--out", out, flag, value)
     assert flag in one_line(result)
     assert not out.exists()
+
+
+def test_a_curriculum_beyond_the_end_is_refused(mnist):
+    flags = "--lambda-schedule", "linear", "--lambda-warmup", 3, "--steps", 2
+    assert "--lambda-warmup 3 is beyond --steps 2" in one_line(mnist(*flags))
 
 
 def test_guidance_without_labels_is_refused(mnist):
@@ -811,19 +823,31 @@ CASES = [(lam, tangent) for lam in (0.0, 0.3, 1.0) for tangent in meanflow.TANGE
 
 
 def worker(rank, folder):
-    """One of two processes: gradients for all CASES, then a short training; both are saved."""
+    """One of two processes: gradients for all CASES, then short trainings; all are saved."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": (folder / "port").read_text()}
     torch.distributed.init_process_group("gloo")
     grads = [joined_gradient(rank, 2, *case) for case in CASES]
-    torch.manual_seed(rank)  # the processes need not start alike
-    images, trained = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8), []
-    for tangent, maximum in itertools.product(meanflow.TANGENTS, (0, 1)):
-        flags = f"--steps 4 --batch-size 6 --log-every 2 --out {folder}/{tangent}{maximum}"
-        flags += f" --tangent {tangent} --lambda-schedule constant --lambda-max {maximum}"
+    images = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8)
+
+    def train(out, flags):
+        torch.manual_seed(rank)  # the processes need not start alike
+        flags += f" --batch-size 6 --log-every 2 --no-lr-decay --lr-warmup 1 --out {folder / out}"
         net = UNet(1, size=8, width=8)
         training.train(net, images, None, training.train_parser("").parse_args(flags.split()))
-        trained.append(net.state_dict())
+        return net.state_dict()
+
+    trained = []
+    for tangent, lam in itertools.product(meanflow.TANGENTS, (0, 1)):
+        flags = f"--tangent {tangent} --lambda-schedule constant --lambda-max {lam} --steps"
+        trained.append(train(f"{tangent}{lam}", f"{flags} 4"))
+    with pytest.raises(ValueError, match="resume at steps 0 to 4"):  # as without a shared folder
+        train("marginal1" if rank == 0 else "elsewhere", f"{flags} 5 --resume")
+    compile = lambda objective, dynamic: nn.Module.compile(objective, backend="aot_eager")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meanflow.Objective, "compile", compile)
+        patch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1000)  # two buckets
+        trained.append(train("compiled", f"{flags} 4 --compile"))
     torch.save((grads, trained), folder / f"{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -840,6 +864,8 @@ def test_two_processes_make_one_training(tmp_path):
         assert torch.equal(one, two)
     for net, other in zip(nets, others, strict=True):
         assert all(torch.equal(net[name], other[name]) for name in net)
+    *_, net, compiled = nets
+    assert all((net[name] - compiled[name]).abs().max() < 1e-4 for name in net)
     saved = training.load_checkpoint(tmp_path / "marginal1" / "checkpoint.pt")
     assert saved["step"] == 4 and torch.equal(saved["model"]["last.bias"], net["last.bias"])
     assert len((tmp_path / "marginal1" / "log.csv").read_text().splitlines()) == 3
@@ -939,7 +965,7 @@ def test_lasting_nans_end_training_with_a_good_checkpoint(mnist, tmp_path, monke
 
 
 def test_weights_that_are_not_finite_are_not_saved(mnist, tmp_path, monkeypatch):
-    flags = "--no-lr-decay", "--lr-warmup", 1, "--lambda-warmup", 1
+    flags = "--no-lr-decay", "--lr-warmup", 1
     assert mnist("--steps", 2, *flags)[0] == 0
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     step = training._Run.update
@@ -1000,7 +1026,7 @@ def test_resuming_refuses_other_settings(mnist, flags, message):
 
 
 def test_a_longer_training_can_go_on(mnist, tmp_path):
-    constant = "--no-lr-decay", "--lr-warmup", 1, "--lambda-warmup", 1
+    constant = "--no-lr-decay", "--lr-warmup", 1
     assert mnist("--steps", 2, *constant)[0] == 0
     assert mnist("--steps", 4, *constant, "--resume")[0] == 0
     assert mnist("--steps", 4, *constant, out="whole")[0] == 0
@@ -1039,6 +1065,7 @@ def test_truncated_data_are_named(call, tmp_path, monkeypatch):
     [
         (torch.zeros(4, 1, 8, 8), None, "images must be uint8"),
         (torch.zeros(4, 3, 8, 8, dtype=torch.uint8), None, r"images must be uint8.*\(4, 3, 8, 8\)"),
+        (torch.zeros(4, 1, 8, 8, dtype=torch.uint8), None, "0 labels, 3 classes"),
         (torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 2, 3]), "from 0 to 3"),
         (torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, -1, 2, 2]), "from -1 to 2"),
     ],

@@ -38,7 +38,7 @@ DefaultsShown = argparse.ArgumentDefaultsHelpFormatter
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 CUDA = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
 DEVICES = ["cuda", *CUDA, "cpu"] if CUDA else ["cpu"]
-FORMAT = "meanflow 3"  # of checkpoints
+FORMAT = "meanflow 4"  # of checkpoints
 LABEL_DROPOUT = 0.1  # share of labels that guidance takes away
 PATIENCE = 20  # steps in a row without a finite gradient
 UNREADABLE = OSError, EOFError, RuntimeError, ValueError, AssertionError, pickle.UnpicklingError
@@ -95,16 +95,21 @@ def train_parser(description, **defaults):
     flag("--clip", type=POSITIVE, default=20.0, help="largest norm of the gradient")
     flag("--ema", type=DECAY, default=0.999, help="decay of the averaged weights, per step")
     flag("--lambda-schedule", choices=LAMBDA_SCHEDULES, help="curriculum of λ; without it λ = 0")
-    flag("--lambda-max", type=SHARE, default=1.0, help="largest λ of the curriculum")
+    flag("--lambda-max", type=SHARE, help="largest λ of the curriculum; without it 1")
     flag("--lambda-warmup", type=STEPS, help="steps in which λ changes; without it half of all")
     flag("--tangent", choices=TANGENTS, default="conditional", help="direction of du/dt")
     flag("--jump-share", type=SHARE, default=0.25, help="share of samples with r < t")
-    flag("--t-logit", **normal, default=[-0.4, 1.0], help="normal distribution of logit(t)")
+    flag("--t-logit", **normal, default=[-0.4, 1.0], help="normal draws of logit(t)")
     flag("--r-logit", **normal, help="of logit(r), clipped to t; without it sorted draws of t")
-    flag("--p", type=_number(float, 0), default=0.75, help="power of the weight's base")
-    flag("--c", type=POSITIVE, default=1e-3, help="offset of the weight (||e||² + c)^-p")
+    flag("--p", type=_number(float, 0), default=0.75, help="power p of the weight (||e||² + c)^-p")
+    flag("--c", type=POSITIVE, default=1e-3, help="offset c of the weight")
     flag("--class-cond", action=switch, default=False, help="condition on the labels")
-    flag("--guidance", type=_number(float, 0), default=1.0, help="ω, away from no label; 1 is off")
+    flag(
+        "--guidance",
+        type=_number(float, 0),
+        default=1.0,
+        help="guidance ω that is learned; 1 is off",
+    )
     flag("--seed", type=STEPS, default=0, help="seed of all random numbers")
     flag("--device", choices=DEVICES, default=DEVICES[0], help="device to train on")
     flag("--amp", choices=PRECISIONS, help="network's precision; without it float32 on a CPU")
@@ -186,7 +191,7 @@ def load_model(file):
     checkpoint = load_checkpoint(file)
     model = UNet(**checkpoint["unet"])
     model.load_state_dict(checkpoint["ema"])
-    return model
+    return model.eval()
 
 
 def train(model, images, labels, args, *, flip=False):
@@ -197,16 +202,18 @@ def train(model, images, labels, args, *, flip=False):
     args    settings, from `train_parser`
     flip    mirror each image with probability 1/2
     Under torchrun each process takes its part of the batch. Returns the model with the averaged
-    weights. Raises ValueError for what the user can mend, and SystemExit after a SIGINT or SIGTERM,
-    once the checkpoint is written.
+    weights, in eval mode. Raises ValueError for what the user can mend, and SystemExit after a
+    SIGINT or SIGTERM, once the checkpoint is written.
     """
     args = argparse.Namespace(**vars(args))
     with _processes(args) as (rank, world), _signals() as caught:
-        lam = _settle(args, model, images, labels, world)
+        lam = _settle(args, world)
+        _check_data(model, images, labels, args)
         checkpoint = Path(args.out, "checkpoint.pt")
         run = _Run(model, args, world)
         if args.resume and checkpoint.exists():
             run.resume(checkpoint)
+        _agree_on_start(run.step, world, args)
         log = _Log(run, rank)
         images, labels = images.to(args.device), None if labels is None else labels.to(args.device)
         n = args.batch_size // world
@@ -226,45 +233,58 @@ def train(model, images, labels, args, *, flip=False):
             stop = _agree(caught, world, logs, args.device)
             if logs or saves or stop:
                 log.write(now)
-            if draws:
-                log.draw(f"step-{run.step:06}.png")
             if (saves or stop) and rank == 0:
                 run.save(checkpoint)
-            if stop:
+            if draws:
+                log.draw(f"step-{run.step:06}.png")
+            if stop and rank == 0:
                 print(f"\nstopped after step {run.step}; the same command with --resume goes on")
+            if stop:
                 raise SystemExit(128 + stop)
         log.draw("samples.png", 40, steps=(1, 2, 4))
-        return run.average.module
+        return run.average.module.eval()
 
 
-def _settle(args, model, images, labels, world):
+def _settle(args, world):
     """Fill in settings that depend on others, refuse what cannot be, return the schedule of λ."""
-    for name, default in ("lr_warmup", args.steps // 50), ("lambda_warmup", args.steps // 2):
-        value, flag = getattr(args, name), "--" + name.replace("_", "-")
-        setattr(args, name, default if value is None else value)
+    alone = args.lambda_schedule is None and (args.lambda_max, args.lambda_warmup) != (None, None)
+    require(not alone, "--lambda-max and --lambda-warmup need a --lambda-schedule")
+    if args.lr_warmup is None:
+        args.lr_warmup = args.steps // 50
+    if args.lambda_schedule and args.lambda_warmup is None:
+        args.lambda_warmup = args.steps // 2
+    for flag, value in ("--lr-warmup", args.lr_warmup), ("--lambda-warmup", args.lambda_warmup):
         require((value or 0) <= args.steps, f"{flag} {value} is beyond --steps {args.steps}")
     for flag, pair in ("--t-logit", args.t_logit), ("--r-logit", args.r_logit):
         require(not pair or pair[1] >= 0, f"{flag} {pair}: the standard deviation is below 0")
-    cpu, size = args.device == "cpu", args.batch_size
+    cpu, size, share = args.device == "cpu", args.batch_size, args.jump_share
     if args.amp is None:
         bf16 = not cpu and torch.cuda.is_bf16_supported(including_emulation=False)
         args.amp = "off" if cpu else "bf16" if bf16 else "fp16"
     args.compile = not cpu if args.compile is None else args.compile
     require(args.amp != "fp16" or not cpu, "--amp fp16 needs a GPU; --amp bf16 does not")
     require(size % world == 0, f"--batch-size {size} does not divide by {world} processes")
+    some = share == 0 or round(share * (size // world)) > 0
+    require(some, f"--jump-share {share} of {size // world} images per process is not one")
     require(not args.tensorboard or find_spec("tensorboard"), "--tensorboard: it is not installed")
+    old = any(Path(args.out, name).exists() for name in ("checkpoint.pt", "log.csv"))
+    require(args.resume or not old, f"{args.out} holds a run: --resume it, or name another --out")
+    if args.lambda_schedule is None:
+        return lambda_schedule("constant", warmup=0, maximum=0.0)
+    maximum = 1.0 if args.lambda_max is None else args.lambda_max
+    return lambda_schedule(args.lambda_schedule, warmup=args.lambda_warmup, maximum=maximum)
+
+
+def _check_data(model, images, labels, args):
     fit = images.dtype == torch.uint8 and images.shape[1:] == model.shape
     require(fit, f"images must be uint8 (N, *{model.shape}), got {tuple(images.shape)}")
     require(args.guidance == 1 or labels is not None, "--guidance needs labels: --class-cond")
-    if labels is not None:
+    number = 0 if labels is None else len(labels)
+    require((number == 0) == (model.classes == 0), f"{number} labels, {model.classes} classes")
+    if number:
         low, high = int(labels.min()), int(labels.max())
         fit = low >= 0 and high < model.classes
         require(fit, f"labels go from {low} to {high}, the model has {model.classes} classes")
-    old = any(Path(args.out, name).exists() for name in ("checkpoint.pt", "log.csv"))
-    require(args.resume or not old, f"{args.out} holds a run: --resume it, or name another --out")
-    maximum = args.lambda_max if args.lambda_schedule else 0.0
-    schedule = args.lambda_schedule or "constant"
-    return lambda_schedule(schedule, warmup=args.lambda_warmup, maximum=maximum)
 
 
 @contextmanager
@@ -298,6 +318,15 @@ def _signals():
             signal.signal(number, handler)
 
 
+def _agree_on_start(step, world, args):
+    """Refuse to go on from different checkpoints, as several machines do without a shared --out."""
+    if world > 1:
+        steps = torch.tensor([step, -step], device=args.device)
+        dist.all_reduce(steps, dist.ReduceOp.MAX)
+        high, low = steps.tolist()
+        require(high == -low, f"processes resume at steps {-low} to {high}: share one --out")
+
+
 def _agree(caught, world, due, device):
     """Return the signal that came, or 0; several processes must agree, and do so when due."""
     stop = torch.tensor(max(caught, default=0))
@@ -320,12 +349,13 @@ class _Run:
         names = "jump_share", "t_logit", "r_logit", "tangent", "guidance", "p", "c"
         self.objective = Objective(model, **{name: getattr(args, name) for name in names})
         if args.compile:
+            torch._dynamo.config.optimize_ddp = False  # it would split the graph within the JVP
             self.objective.compile(dynamic=False)
         if world > 1:
             self.objective = nn.parallel.DistributedDataParallel(self.objective)
 
     def update(self, x0, lam, y):
-        """Take a step, without effect if its gradient is not finite."""
+        """Take a step; Adam leaves the weights alone if the gradient is not finite."""
         args = self.args
         if args.compile and lam > 0:
             lam = torch.full((), lam, device=x0.device)  # a number would be compiled in
