@@ -6,14 +6,14 @@ from torchvision.datasets import CIFAR10
 import training
 from meanflow import UNet
 
-RECIPE = {  # published (8 GPUs, arXiv:2505.13447 and its code) where it differs
+RECIPE = {  # beside it, what the authors of MeanFlow published with their code for 8 GPUs
     "out": "runs/cifar",
     "steps": 400_000,  # 800,000
     "batch_size": 256,  # 1024
     "lr": 3e-4,  # 6e-4; halved, as the square root of the batch size. Warm-up: a 50th; 10,000 steps
     "ema": 0.9999,
     "jump_share": 0.75,
-    "t_logit": [-0.6, 1.6],
+    "t_logit": [-0.6, 1.6],  # in arXiv:2505.13447 r and t are two sorted draws of -2, 2
     "r_logit": [-4.0, 1.6],
     "p": 0.75,
     "c": 1e-3,
