@@ -8,7 +8,7 @@ from meanflow import UNet
 
 RECIPE = {
     "out": "runs/mnist",
-    "steps": 5_000,
+    "steps": 4_000,
     "batch_size": 64,
     "lr": 3e-3,
     "lr_decay": True,

@@ -3,7 +3,7 @@
 Trains with λ = 0, 0.25, 0.5, 1, risen linearly or along a cosine to 1 at half time, and fallen from
 1 to 0, with either tangent and several seeds, for equal steps; then λ = 0 once more, for as long
 as the slowest of the others took. Prints tables, mean and range over the seeds (measures of
-quality.py on 5,000 one-step samples, error and gradient norm over the training), and writes
+quality.py on 5,000 one-step samples, the gradient's mean norm, seconds of one core), and writes
 assets/lambda.svg (recall and distance against λ) and assets/lambda.png: the same noise through the
 networks of the first seed, a row for each λ, conditional on the left, marginal on the right.
 
@@ -49,6 +49,12 @@ SCHEDULES = {  # λ as flags of the training scripts
     "1 to 0, falling": "--lambda-schedule falling",
 }
 RECIPE = {"ema": 0.99, "log_every": 10**6, "sample_every": 10**6, "checkpoint_every": 10**6}
+MEASURES = {  # of a table: the name among the results, the form of their mean and range
+    "distance": ("distance", "{:.1f} ({:.1f} to {:.1f})"),
+    "recall": ("recall", "{:.2f} ({:.2f} to {:.2f})"),
+    "gradient norm": ("grad_norm", "{:.0f} ({:.0f} to {:.0f})"),
+    "seconds": ("cpu", "{:.0f}"),
+}
 COLOURS = {"conditional": "#d1495b", "marginal": "#2a7f9e"}
 ASSETS = Path(__file__).parent.parent / "assets"
 
@@ -115,17 +121,19 @@ def mean_and_range(values):
 
 
 def table(title, jobs, results):
+    """Print a row for each λ, a column for each measure and tangent: mean (range of the seeds)."""
+    tangents = [*dict.fromkeys(tangent for _, tangent, *_ in jobs)]
+    columns = [(measure, tangent) for measure in MEASURES for tangent in tangents]
     print(f"\n**{title}**\n")
-    print("| λ | tangent | seconds | distance | recall | error, r < t | gradient norm |")
-    print("|---|---|---|---|---|---|---|")
-    for schedule, tangent in dict.fromkeys(job[:2] for job in jobs):
-        runs = [results[job] for job in jobs if job[:2] == (schedule, tangent)]
-        row = {name: mean_and_range([run[name] for run in runs]) for name in runs[0]}
-        print(f"| {schedule} | {tangent} | {row['cpu'][0]:.0f}",
-              "| {:.1f} ({:.1f} to {:.1f})".format(*row["distance"]),
-              "| {:.2f} ({:.2f} to {:.2f})".format(*row["recall"]),
-              "| {:.2f} ({:.2f} to {:.2f})".format(*row["err_jump"]),
-              "| {:.0f} ({:.0f} to {:.0f}) |".format(*row["grad_norm"]), flush=True)  # fmt: skip
+    print("| λ |", " | ".join(f"{measure}, {tangent}" for measure, tangent in columns), "|")
+    print("|---" * (1 + len(columns)) + "|")
+    for schedule in dict.fromkeys(job[0] for job in jobs):
+        row = []
+        for measure, tangent in columns:
+            name, form = MEASURES[measure]
+            runs = [results[job][name] for job in jobs if job[:2] == (schedule, tangent)]
+            row.append(form.format(*mean_and_range(runs)))
+        print(f"| {schedule} |", " | ".join(row), "|", flush=True)
 
 
 def curve(results, file):
