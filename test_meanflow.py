@@ -728,6 +728,24 @@ def test_a_wrong_flag_ends_with_one_line_and_nothing_written(
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    "flags, tangent",
+    [
+        ((), "conditional"),
+        (("--lambda-schedule", "linear"), "marginal"),
+        (("--lambda-schedule", "linear", "--tangent", "conditional"), "conditional"),
+        (("--tangent", "marginal"), "marginal"),
+    ],
+)
+def test_the_tangent_is_marginal_with_a_schedule_unless_asked_otherwise(
+    mnist, tmp_path, flags, tangent
+):
+    assert mnist("--steps", 1, *flags)[0] == 0
+    assert (
+        training.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["args"]["tangent"] == tangent
+    )
+
+
 def test_a_curriculum_beyond_the_end_is_refused(mnist):
     flags = "--lambda-schedule", "linear", "--lambda-warmup", 3, "--steps", 2
     assert "--lambda-warmup 3 is beyond --steps 2" in one_line(mnist(*flags))

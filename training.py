@@ -97,7 +97,8 @@ def train_parser(description, **defaults):
     flag("--lambda-schedule", choices=LAMBDA_SCHEDULES, help="curriculum of λ; without it λ = 0")
     flag("--lambda-max", type=SHARE, help="largest λ of the curriculum; without it 1")
     flag("--lambda-warmup", type=STEPS, help="steps in which λ changes; without it half of all")
-    flag("--tangent", choices=TANGENTS, default="conditional", help="direction of du/dt")
+    flag("--tangent", choices=TANGENTS, help="direction of du/dt; without it marginal with a "
+         "schedule of λ, else conditional")  # fmt: skip
     flag("--jump-share", type=SHARE, default=0.25, help="share of samples with r < t")
     flag("--t-logit", **normal, default=[-0.4, 1.0], help="normal draws of logit(t)")
     flag("--r-logit", **normal, help="of logit(r), clipped to t; without it sorted draws of t")
@@ -251,6 +252,8 @@ def _settle(args, world):
     require(not alone, "--lambda-max and --lambda-warmup need a --lambda-schedule")
     if args.lr_warmup is None:
         args.lr_warmup = args.steps // 50
+    if args.tangent is None:  # where λ > 0 the conditional one costs diversity
+        args.tangent = "marginal" if args.lambda_schedule else "conditional"
     if args.lambda_schedule and args.lambda_warmup is None:
         args.lambda_warmup = args.steps // 2
     for flag, value in ("--lr-warmup", args.lr_warmup), ("--lambda-warmup", args.lambda_warmup):
