@@ -75,7 +75,7 @@ def sample_times(n, *, jump_share=0.25, t_logit=(-0.4, 1.0), r_logit=None, devic
 
     n           number of pairs, at least 1
     jump_share  the first round(jump_share * n) pairs are for r < t, the others r = t; in [0, 1]
-    t_logit     mean and standard deviation of a normally distributed logit(t)
+    t_logit     mean and standard deviation of the normal draws of logit(t)
     r_logit     the same for r, then clipped to t; None: r and t are two draws of t_logit, sorted
     Raises ValueError for values outside these ranges.
     """
@@ -170,14 +170,14 @@ def meanflow_loss(
     guidance  ω, for labels (B,): where y >= 0, ω v + (1 - ω) u(x_t, t, t) stands for v, at one more
               forward pass, model(x, r, t) without labels, which y < 0 must teach; 1 is none
     p, c      power >= 0 and offset > 0 of the adaptive weight; p = 0 is the plain squared error,
-              others move its minimum from the mean towards the majority
+              others move its minimum from the mean towards the mode
     Returns the scalar loss and, for a log, the detached mean of e² in each sample, (B,).
     Raises ValueError that names the argument.
     """
     _check_arguments(x0, y, lam, tangent, guidance, p, c)
     x1 = torch.randn_like(x0) if x1 is None else x1
     _require_like("x1", x1, x0)
-    r, t, jump, stay = _pairs(x0, r, t, jump_share, t_logit, r_logit)
+    r, t, jump, stay = _pairs(x0, r, t, jump_share=jump_share, t_logit=t_logit, r_logit=r_logit)
 
     x_t, v = path(x0, x1, t)
     if guidance != 1:
@@ -206,13 +206,13 @@ def _implied_velocity(model, x_t, r, t, v, y, lam, tangent):
     return u + _like(t - r, u) * sg_lambda(dudt, lam)
 
 
-def _pairs(x0, r, t, jump_share, t_logit, r_logit):
+def _pairs(x0, r, t, **options):
     """Return r and t, drawn if not given, and where r < t and where r = t: slices or indices."""
     if r is None and t is None:
-        as_x0 = {"device": x0.device, "dtype": x0.dtype}
-        options = {"jump_share": jump_share, "t_logit": t_logit, "r_logit": r_logit}
-        jumps = round(jump_share * len(x0))
-        return *sample_times(len(x0), **options, **as_x0), slice(jumps), slice(jumps, None)
+        r, t = sample_times(n := len(x0), **options, device=x0.device, dtype=x0.dtype)
+        jumps = round((share := options["jump_share"]) * n)
+        require(jumps or share == 0, "jump_share {!r} of {} samples is not one", share, n)
+        return r, t, slice(jumps), slice(jumps, None)
     require(r is not None and t is not None, "r and t must be given together")
     _require_like("r", r, x0.flatten(1)[:, 0])
     _require_like("t", t, x0.flatten(1)[:, 0])
@@ -224,7 +224,8 @@ def _pairs(x0, r, t, jump_share, t_logit, r_logit):
 def _check_arguments(x0, y, lam, tangent, guidance, p, c):
     require(torch.is_tensor(x0) and x0.is_floating_point(), "x0 must be a float tensor: {!r}", x0)
     require(x0.ndim > 1 and len(x0), "x0 must be (B, ...), got shape {}", tuple(x0.shape))
-    require(y is None or len(y) == len(x0), "y must have a label for each of x0, got {!r}", y)
+    labels = y is None or (torch.is_tensor(y) and len(y) == len(x0))
+    require(labels, "y must be a tensor with a label for each of x0, got {!r}", y)
     number = lam.ndim == 0 if torch.is_tensor(lam) else isinstance(lam, int | float)
     unread = torch.is_tensor(lam) and (lam.is_cuda or torch.compiler.is_compiling())
     require(number and (unread or 0 <= lam <= 1), "lam must be a number in [0, 1], got {!r}", lam)
@@ -295,15 +296,9 @@ def _dual(y, dx, slope):
     return forward_ad.make_dual(y, dy)
 
 
-def _scaled(x, factor):
-    """x * factor; `jvp` by itself would also multiply x by the factor's derivative, zero."""
-    x, dx = forward_ad.unpack_dual(x)
-    return _dual(x * factor, dx, lambda dx: dx * factor)
-
-
 class Conv2d(nn.Conv2d):
     """Convolution with a derivative of its own, dy = W * dx: `jvp` by itself would also convolve
-    with the derivative of W, which is zero."""
+    with the tangent of W, which is zero."""
 
     def forward(self, x):
         x, dx = forward_ad.unpack_dual(x)
@@ -379,7 +374,7 @@ class Embedding(nn.Module):
         self.silu = SiLU()
 
     def forward(self, r, t, y):
-        angles = _scaled(torch.stack((t, t - r), 1)[..., None], self.frequencies)  # (B, 2, F)
+        angles = torch.stack((t, t - r), 1)[..., None] * self.frequencies  # (B, 2, F)
         times = torch.cat((angles.cos(), angles.sin()), 1).flatten(1)
         label = self.label(1 + y.clamp(min=-1))[:, :, None, None]
         times = self.time(times[:, :, None, None])
@@ -421,7 +416,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         q, k, v = self.qkv(self.norm(x)).flatten(2).chunk(3, 1)  # (B, C, H W)
-        attention = torch.bmm(_scaled(q.mT, q.shape[1] ** -0.5), k).softmax(-1)  # (B, H W, H W)
+        attention = torch.bmm(q.mT * q.shape[1] ** -0.5, k).softmax(-1)  # (B, H W, H W)
         return x + self.out(torch.bmm(attention, v.mT).mT.unflatten(2, x.shape[2:]))
 
 

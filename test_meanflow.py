@@ -438,7 +438,7 @@ def test_unet_shapes(channels, size, classes, options):
     x, (r, t) = torch.randn(2, channels, size, size), sample_times(2)
     y = torch.tensor([0, 9]) if classes else None
     assert torch.equal(net(x, r, t, y), torch.zeros_like(x))  # the last layer starts at zero
-    loss, err = meanflow_loss(net, x, 1.0, y)
+    loss, err = meanflow_loss(net, x, 1.0, y, jump_share=0.5)
     loss.backward()
     assert err.shape == (2,)
 
@@ -514,6 +514,8 @@ TIMES = {"r": torch.full((4,), 0.2), "t": torch.full((4,), 0.6)}
         (lambda: meanflow_loss(Net(), torch.zeros(4), 0.0), r"x0 must be.*\(4,\)"),
         (lambda: meanflow_loss(Net(), torch.zeros(0, 3), 0.0), r"x0 must be.*\(0, 3\)"),
         (lambda: meanflow_loss(Net(), X0, 0.0, torch.zeros(3)), "y must"),
+        (lambda: meanflow_loss(Net(), X0, 0.0, [0, 1, 2, 3]), "y must"),
+        (lambda: meanflow_loss(Net(), X0[:2], 0.0), "jump_share 0.25 of 2 samples is not one"),
         (lambda: meanflow_loss(Net(), X0, 1.5), "lam must be.*1.5"),
         (lambda: meanflow_loss(Net(), X0, -0.1), "lam must be.*-0.1"),
         (lambda: meanflow_loss(Net(), X0, float("nan")), "lam must be.*nan"),
@@ -712,6 +714,7 @@ def test_the_sampler_refuses_a_foreign_checkpoint(call, tmp_path):
         ("--lambda-max", 0.5),  # without a schedule
         ("--lambda-warmup", 10),
         ("--jump-share", 0.001),
+        ("--seed", 2**63),
         ("--lr-warmup", 1_000_000),
         ("--device", "gpu"),
         ("--amp", "fp16"),  # on a CPU
@@ -1052,8 +1055,17 @@ def test_a_longer_training_can_go_on(mnist, tmp_path):
     assert all(torch.equal(longer[name], whole[name]) for name in whole)
 
 
-def test_compiled_training_gets_lambda_as_a_tensor(mnist, monkeypatch):
-    """A number would be compiled in, and every step of the schedule compiled again."""
+@pytest.mark.parametrize(
+    "schedule, tensors, values",
+    [
+        (("--lambda-schedule", "linear"), [True, True, True], [0, 0.5, 1]),
+        (("--lambda-schedule", "falling"), [True, True, False], [1, 0.5, 0]),
+        ((), [False, False, False], [0, 0, 0]),
+    ],
+)
+def test_compiled_training_gets_lambda_as_a_tensor(mnist, monkeypatch, schedule, tensors, values):
+    """A number would be compiled in, and every step of the schedule compiled again; without a
+    gradient for du/dt there is a cheaper graph, but not for the one step before λ rises."""
     seen = []
 
     def compile(objective, dynamic):
@@ -1061,11 +1073,10 @@ def test_compiled_training_gets_lambda_as_a_tensor(mnist, monkeypatch):
         objective.forward = lambda x0, lam, y: seen.append(lam) or forward(x0, lam, y)
 
     monkeypatch.setattr(meanflow.Objective, "compile", compile)
-    flags = "--steps", 3, "--lambda-schedule", "linear", "--lambda-warmup", 2
-    assert mnist(*flags, "--compile")[0] == 0
-    assert not torch.is_tensor(seen[0]) and seen[0] == 0
-    assert all(torch.is_tensor(lam) and lam.ndim == 0 for lam in seen[1:])
-    assert [float(lam) for lam in seen] == [0.0, 0.5, 1.0]
+    schedule = (*schedule, "--lambda-warmup", 2) if schedule else ()
+    assert mnist("--steps", 3, *schedule, "--compile")[0] == 0
+    assert [torch.is_tensor(lam) and lam.ndim == 0 for lam in seen] == tensors
+    assert [float(lam) for lam in seen] == values
 
 
 def test_truncated_data_are_named(call, tmp_path, monkeypatch):

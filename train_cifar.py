@@ -6,7 +6,8 @@ from torchvision.datasets import CIFAR10
 import training
 from meanflow import UNet
 
-RECIPE = {  # beside it, what the authors of MeanFlow published with their code for 8 GPUs
+RECIPE = {  # beside it, what the authors of MeanFlow published with their code for 8 GPUs;
+    # besides, gradients are clipped at 20 here, and bf16 is the default (--amp off for float32)
     "out": "runs/cifar",
     "steps": 400_000,  # 800,000
     "batch_size": 256,  # 1024
@@ -29,6 +30,7 @@ NETWORK = {  # 51M parameters; published: 55M, attention at 16x16 only
     "dropout": 0.2,
 }
 TINY = {  # to try everything on a CPU
+    "out": "runs/cifar-tiny",
     "steps": 2_500,
     "batch_size": 64,
     "lr": 2e-3,

@@ -8,7 +8,6 @@ import argparse
 import math
 import os
 import pickle
-import shutil
 import signal
 import sys
 import tempfile
@@ -76,6 +75,7 @@ def _number(kind, low, high=math.inf):
 
 
 COUNT, STEPS, POSITIVE = _number(int, 1), _number(int, 0), _number(float, 1e-12)
+SEED = _number(int, 0, 2**63 - 1)
 SHARE, DECAY = _number(float, 0, 1), _number(float, 0, 1 - 1e-9)
 
 
@@ -111,7 +111,7 @@ def train_parser(description, **defaults):
         default=1.0,
         help="guidance ω that is learned; 1 is off",
     )
-    flag("--seed", type=STEPS, default=0, help="seed of all random numbers")
+    flag("--seed", type=SEED, default=0, help="seed of all random numbers")
     flag("--device", choices=DEVICES, default=DEVICES[0], help="device to train on")
     flag("--amp", choices=PRECISIONS, help="network's precision; without it float32 on a CPU")
     flag("--compile", action=switch, help="compile the loss, by default on a GPU only")
@@ -133,14 +133,17 @@ def load_dataset(dataset, data):
         return dataset(data)
     except UNREADABLE:  # or not there
         folder = Path(data).absolute()
-    parent = next(parent for parent in folder.parents if parent.exists())
+    parent = next(parent for parent in (folder, *folder.parents) if parent.exists())
     with tempfile.TemporaryDirectory(prefix=".download-", dir=parent) as temporary:
         try:
             dataset(temporary, download=True)
         except UNREADABLE as error:
             what = f"no complete {dataset.__name__} in {folder} and no download"
             raise UserError(f"{what}: copy it there or name its folder with --data") from error
-        shutil.copytree(temporary, folder, copy_function=os.replace, dirs_exist_ok=True)
+        for file in [file for file in Path(temporary).rglob("*") if file.is_file()]:
+            target = folder / file.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
     return dataset(data)
 
 
@@ -167,12 +170,12 @@ def draw(model, num, *, steps=1, seed=0):
     return torch.cat([sample(model, x, steps=steps, y=labels) for x, labels in batches])
 
 
-def save_images(images, file, *, columns=10):
-    """Write images (B, C, H, W) in [-1, 1] into one PNG, `columns` in a row."""
+def save_images(images, file):
+    """Write images (B, C, H, W) in [-1, 1] into one PNG, ten in a row."""
     from torchvision.utils import save_image
 
     with _replacing(file) as temporary:
-        save_image(images, temporary, nrow=columns, normalize=True, value_range=(-1, 1))
+        save_image(images, temporary, nrow=10, normalize=True, value_range=(-1, 1))
 
 
 def load_checkpoint(file):
@@ -360,7 +363,7 @@ class _Run:
     def update(self, x0, lam, y):
         """Take a step; Adam leaves the weights alone if the gradient is not finite."""
         args = self.args
-        if args.compile and lam > 0:
+        if args.compile and (lam > 0 or args.lambda_schedule in ("linear", "cosine")):
             lam = torch.full((), lam, device=x0.device)  # a number would be compiled in
         with torch.autocast(x0.device.type, PRECISIONS[args.amp], enabled=args.amp != "off"):
             loss, err = self.objective(x0, lam, y)
@@ -394,7 +397,9 @@ class _Run:
         now = vars(self.args) | self.model.config
         for name in sorted(was.keys() - RESUMABLE - (set() if self.args.lr_decay else {"steps"})):
             flag = name.replace("_", "-")
-            message = f"{flag} was {was[name]} in {file}, now it is {now.get(name)}"
+            message = (
+                f"{flag} was {was[name]} in {file}, now it is {now.get(name)}: give the old one"
+            )
             require(was[name] == now.get(name), message)
         try:
             for name, part in self.parts.items():
@@ -446,7 +451,7 @@ class _Log:
                 print(*(f"{value:.8g}" for value in row), sep=",", file=file)
             line = f"{run.step}/{args.steps}  err {flow:.4f} (r = t) {jump:.4f} (r < t)  "
             line += f"λ {lam:.2f}  {speed:.0f} images/s  {left // 60}:{left % 60:02} left "
-            print(line, end="\r" if sys.stdout.isatty() and left else "\n", flush=True)
+            print(line, end="\033[K\r" if sys.stdout.isatty() and left else "\n", flush=True)
         for name, value in zip(self.COLUMNS, row, strict=True) if self.board else ():
             self.board.add_scalar(name, value, run.step)
         lost = f"no finite gradient in {run.lost} steps up to step {run.step}"
@@ -470,11 +475,14 @@ def main():
     parser.add_argument("--steps", type=COUNT, default=1, help="network evaluations per image")
     parser.add_argument("--num", type=COUNT, default=80, help="number of images")
     parser.add_argument("--out", default="samples.png", help="a .png for a grid, or a folder")
-    parser.add_argument("--seed", type=STEPS, default=0, help="seed of the noise")
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of the noise")
     parser.add_argument("--device", choices=DEVICES, default=DEVICES[0], help="device to draw on")
     args = parser.parse_args()
     model, out = load_model(args.checkpoint).to(args.device), Path(args.out)
-    images, grid = draw(model, args.num, steps=args.steps, seed=args.seed), out.suffix == ".png"
+    images, grid = (
+        draw(model, args.num, steps=args.steps, seed=args.seed),
+        out.suffix.lower() == ".png",
+    )
     (out.parent if grid else out).mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate([images] if grid else images):
         save_images(picture, out if grid else out / f"{i:06}.png")

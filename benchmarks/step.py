@@ -87,9 +87,10 @@ def ways(net, shares, compiled, amp):
         others["torch.autograd.functional.jvp"] = double_backward
     if amp:
         others["torch.func.jvp in float32"] = in_float32
+    layers = "our layers" if compiled else "plain layers"  # nn.GroupNorm does not compile under jvp
     for lam, (name, derive) in product((0.0, 1.0), others.items()):
-        other = net if compiled else plain(net)  # nn.GroupNorm does not compile under jvp
-        table[f"λ = {lam:.0f}, {name}, whole batch"] = Others(other, derive), lam, None
+        other = net if compiled else plain(net)
+        table[f"λ = {lam:.0f}, {name}, whole batch, {layers}"] = Others(other, derive), lam, None
     return table
 
 
