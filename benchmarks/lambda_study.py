@@ -154,7 +154,7 @@ def curve(results, file):
         write(left + width / 2, bottom + 40, "λ")
         for value in (k * tick for k in range(int(top / tick) + 1)):
             x, y = place(0, value)
-            svg.append(f'<path d="M{x} {y:.1f}h{width}" stroke="#8886"/>')
+            svg.append(f'<path d="M{x} {y:.1f}h{width}" stroke="#888" opacity=".4"/>')
             write(x - 20, y + 4, f"{value:g}")
         for name in constant:
             write(left + width * float(name), bottom + 20, name)
