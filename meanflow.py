@@ -209,8 +209,9 @@ def _implied_velocity(model, x_t, r, t, v, y, lam, tangent):
 def _pairs(x0, r, t, **options):
     """Return r and t, drawn if not given, and where r < t and where r = t: slices or indices."""
     if r is None and t is None:
-        r, t = sample_times(n := len(x0), **options, device=x0.device, dtype=x0.dtype)
-        jumps = round((share := options["jump_share"]) * n)
+        n, share = len(x0), options["jump_share"]
+        r, t = sample_times(n, **options, device=x0.device, dtype=x0.dtype)
+        jumps = round(share * n)
         require(jumps or share == 0, "jump_share {!r} of {} samples is not one", share, n)
         return r, t, slice(jumps), slice(jumps, None)
     require(r is not None and t is not None, "r and t must be given together")

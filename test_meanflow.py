@@ -744,9 +744,8 @@ def test_the_tangent_is_marginal_with_a_schedule_unless_asked_otherwise(
     mnist, tmp_path, flags, tangent
 ):
     assert mnist("--steps", 1, *flags)[0] == 0
-    assert (
-        training.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["args"]["tangent"] == tangent
-    )
+    args = training.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["args"]
+    assert args["tangent"] == tangent
 
 
 def test_a_curriculum_beyond_the_end_is_refused(mnist):

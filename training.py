@@ -397,10 +397,8 @@ class _Run:
         now = vars(self.args) | self.model.config
         for name in sorted(was.keys() - RESUMABLE - (set() if self.args.lr_decay else {"steps"})):
             flag = name.replace("_", "-")
-            message = (
-                f"{flag} was {was[name]} in {file}, now it is {now.get(name)}: give the old one"
-            )
-            require(was[name] == now.get(name), message)
+            message = f"{flag} was {was[name]} in {file}, now it is {now.get(name)}"
+            require(was[name] == now.get(name), f"{message}: give the old one")
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint[name])
@@ -479,10 +477,8 @@ def main():
     parser.add_argument("--device", choices=DEVICES, default=DEVICES[0], help="device to draw on")
     args = parser.parse_args()
     model, out = load_model(args.checkpoint).to(args.device), Path(args.out)
-    images, grid = (
-        draw(model, args.num, steps=args.steps, seed=args.seed),
-        out.suffix.lower() == ".png",
-    )
+    images = draw(model, args.num, steps=args.steps, seed=args.seed)
+    grid = out.suffix.lower() == ".png"
     (out.parent if grid else out).mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate([images] if grid else images):
         save_images(picture, out if grid else out / f"{i:06}.png")
