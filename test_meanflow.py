@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import gc
 import itertools
 import math
 import os
@@ -857,6 +858,14 @@ def worker(rank, folder):
         training.train(net, images, None, training.train_parser("").parse_args(flags.split()))
         return net.state_dict()
 
+    @contextlib.contextmanager
+    def watched(args, processes=training._processes):
+        with processes(args) as ranks:
+            yield ranks
+            kinds = {type(thing) for thing in gc.get_objects()}
+            assert nn.parallel.DistributedDataParallel not in kinds  # it can hang at the exit
+
+    training._processes = watched
     trained = []
     for tangent, lam in itertools.product(meanflow.TANGENTS, (0, 1)):
         flags = f"--tangent {tangent} --lambda-schedule constant --lambda-max {lam} --steps"

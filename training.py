@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -210,11 +210,12 @@ def train(model, images, labels, args, *, flip=False):
     SIGINT or SIGTERM, once the checkpoint is written.
     """
     args = argparse.Namespace(**vars(args))
-    with _processes(args) as (rank, world), _signals() as caught:
+    with _processes(args) as (rank, world), _signals() as caught, ExitStack() as at_end:
         lam = _settle(args, world)
         _check_data(model, images, labels, args)
         checkpoint = Path(args.out, "checkpoint.pt")
         run = _Run(model, args, world)
+        at_end.callback(delattr, run, "objective")  # see _processes
         if args.resume and checkpoint.exists():
             run.resume(checkpoint)
         _agree_on_start(run.step, world, args)
@@ -295,7 +296,11 @@ def _check_data(model, images, labels, args):
 
 @contextmanager
 def _processes(args):
-    """Join the processes that torchrun started, if it did; yield the rank and their number."""
+    """Join the processes that torchrun started, if it did; yield the rank and their number.
+
+    By the end DistributedDataParallel must be gone: if it were the last to hold the process group,
+    the group's threads would wait for Python's lock while it waits for them (seen on torch 2.11).
+    """
     if "LOCAL_RANK" not in os.environ:
         yield 0, 1
         return
