@@ -24,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import training
 
 FEATURES = 128
+MEASURES = {"distance": "{:.1f}", "precision": "{:.2f}", "recall": "{:.2f}"}
+MEASURES |= {"label agreement": "{:.2f}"}
 
 
 def classifier():
@@ -59,7 +61,7 @@ class Quality:
     """The measure: a classifier and the test images' features. `cache` keeps the classifier."""
 
     def __init__(self, data, cache):
-        train, test = (MNIST(data, train=train) for train in (True, False))
+        train, test = training.load_dataset(MNIST, data), MNIST(data, train=False)
         if not Path(cache).exists():
             trained = train_classifier(train.data, train.targets)
             Path(cache).parent.mkdir(parents=True, exist_ok=True)
@@ -101,6 +103,12 @@ def covered(points, support, k=3):
     return torch.cat(inside).float().mean().item()
 
 
+def print_row(name, measures):
+    columns = zip(MEASURES.values(), zip(*measures, strict=True), strict=True)
+    cells = (" / ".join(form.format(value) for value in column) for form, column in columns)
+    print(f"| {name} |", " | ".join(cells), "|", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", nargs="+", help="what train_mnist.py wrote")
@@ -109,20 +117,17 @@ def main():
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="of the sampler")
     parser.add_argument("--num", type=int, default=10_000, help="number of samples")
     args = parser.parse_args()
+    models = [training.load_model(file) for file in args.checkpoint]
     quality = Quality(args.data, args.cache)
     print(f"classifier: {quality.accuracy:.2%} of the test images\n")
-    print(
-        "| | steps | distance | precision | recall | label agreement |\n|---|---|---|---|---|---|"
-    )
-    row = "| {} | {} | {:.1f} | {:.2f} | {:.2f} | {:.2f} |"
-    for file in args.checkpoint:
-        model = training.load_model(file)
+    steps = " / ".join(map(str, args.steps))
+    print(f"| {steps} steps |", " | ".join(MEASURES), "|\n|---|---|---|---|---|")
+    for file, model in zip(args.checkpoint, models, strict=True):
         labels = torch.arange(args.num) % model.classes if model.classes else None
-        for steps in args.steps:
-            images = training.draw(model, args.num, steps=steps)
-            print(row.format(file, steps, *quality.measure(images, labels)), flush=True)
-    print(row.format("training images", "", *quality.measure(quality.train, None)))
+        drawn = (training.draw(model, args.num, steps=steps) for steps in args.steps)
+        print_row(file, [quality.measure(images, labels) for images in drawn])
+    print_row("training images", [quality.measure(quality.train, None)])
 
 
 if __name__ == "__main__":
-    main()
+    training.run(main)
