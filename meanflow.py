@@ -118,7 +118,7 @@ def lambda_schedule(name, *, warmup, maximum=1.0):
     """Return the curriculum step -> λ, which changes until step `warmup` and is constant then.
 
     name     one of LAMBDA_SCHEDULES: "constant" is `maximum` throughout, "linear" the paper's
-             min(1, step / warmup), "cosine" rises, too, and "falling" goes from `maximum` to 0
+             min(1, step / warmup) times it, "cosine" rises, too, "falling" goes from it to 0
     warmup   number of steps, at least 0; with 0 every schedule stays at its end
     maximum  the largest λ, in [0, 1]
     Raises ValueError for anything else.
@@ -158,7 +158,7 @@ def meanflow_loss(
 
     model     callable (x, r, t) or, where labels are given, (x, r, t, y) -> u, shaped like x; it
               must treat samples one by one (no batch norm) and have forward-mode derivatives
-    x0, y     data (B, ...), whose dtype and device all else shares, and labels (B, ...) or None
+    x0, y     data (B, ...), its dtype and device those of x1, r and t, and labels (B, ...) or None
     lam       λ in [0, 1], float or 0-dim tensor: 0 is MeanFlow's loss, 1 differentiates all of e
     x1        noise, shaped like x0; if not given, drawn from N(0, I)
     r, t      times (B,), 0 <= r <= t <= 1; if not given, drawn by `sample_times` with jump_share,

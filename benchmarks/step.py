@@ -5,7 +5,7 @@ median of the rounds, their quartiles, and the ratio that counting gives: a back
 forward passes, a tangent one more, so flow matching is 3, λ = 0 is 3 + q and λ > 0 is 3 + 3 q with
 a share q of samples at r < t. Memory is the peak of what a step allocates, as a ratio, too.
 
-    python benchmarks/step.py                    # on CUDA if it is there; else about 5 minutes
+    python benchmarks/step.py                    # on CUDA if it is there; else about a minute
     python benchmarks/step.py --network cifar    # the default network of train_cifar.py
     python benchmarks/step.py --profile          # besides, where a step's time goes
 """
