@@ -132,7 +132,7 @@ def lambda_schedule(name, *, warmup, maximum=1.0):
 # The MeanFlow identity v = u + (t - r) du/dt as a loss -------------------------------------------
 
 _tangents_have_gradients = True
-TANGENTS = ("conditional", "marginal")
+TANGENTS = ("conditional", "marginal", "mixed")
 
 
 def total_derivative(model, x_t, r, t, v, y=None, *, gradients=True):
@@ -164,9 +164,10 @@ def meanflow_loss(
     r, t      times (B,), 0 <= r <= t <= 1; if not given, drawn by `sample_times` with jump_share,
               t_logit and r_logit, r < t for the first samples of the batch, so shuffle it; then
               nothing in here waits for the device
-    tangent   direction of du/dt: "conditional", the paper's v, or "marginal", u(x_t, t, t), with
+    tangent   direction of du/dt: "conditional", the paper's v; "marginal", u(x_t, t, t), with
               which, for p = 0, the true u is stationary for every λ, at one more forward pass
-              where r < t (in which dropout draws a mask of its own)
+              where r < t (in which dropout draws a mask of its own); "mixed", conditional for the
+              float λ = 0, which needs no other, and marginal otherwise
     guidance  ω, for labels (B,): where y >= 0, ω v + (1 - ω) u(x_t, t, t) stands for v, at one more
               forward pass, model(x, r, t) without labels, which y < 0 must teach; 1 is none
     p, c      power >= 0 and offset > 0 of the adaptive weight; p = 0 is the plain squared error,
@@ -198,10 +199,10 @@ def meanflow_loss(
 
 def _implied_velocity(model, x_t, r, t, v, y, lam, tangent):
     """Return u + (t - r) SG_λ[du/dt], by the identity the velocity that the network's u implies."""
-    if tangent == "marginal":
+    keep = torch.is_tensor(lam) or lam > 0
+    if tangent == "marginal" or (tangent == "mixed" and keep):
         with torch.no_grad():
             v = _u(model, x_t, t, t, y).to(x_t.dtype)
-    keep = torch.is_tensor(lam) or lam > 0
     u, dudt = total_derivative(model, x_t, r, t, v, y, gradients=keep)
     return u + _like(t - r, u) * sg_lambda(dudt, lam)
 

@@ -160,7 +160,7 @@ def test_sg_lambda_keeps_the_value_and_scales_the_gradient(lam):
     assert_close(gradient, torch.full_like(z, float(lam)))
 
 
-@pytest.mark.parametrize("tangent", meanflow.TANGENTS)
+@pytest.mark.parametrize("tangent", ["conditional", "marginal"])
 @pytest.mark.parametrize("make, shape", [(Net, (3,)), (small_unet, (1, 8, 8))])
 def test_lambda_leaves_the_value_and_is_affine_in_the_gradient(tangent, make, shape):
     net = make()
@@ -273,6 +273,19 @@ def test_marginal_tangent_is_a_constant_direction(lam):
     expected = (u + (t - r)[:, None] * sg_lambda(dudt, lam) - v).pow(2).sum(1).mean()
     loss, _ = meanflow_loss(net, x0, lam, **given, tangent="marginal", p=0)
     assert_close(gradients(loss, net), gradients(expected, net))
+
+
+@pytest.mark.parametrize(
+    "lam, same", [(0.0, "conditional"), (0.3, "marginal"), (torch.tensor(0.0), "marginal")]
+)
+def test_mixed_tangent_is_conditional_only_for_lambda_0(lam, same):
+    net, (x0, given) = Net(), batch()
+    mixed, conditional, marginal = (
+        meanflow_loss(net, x0, lam, **given, tangent=tangent)[1]
+        for tangent in ("mixed", "conditional", "marginal")
+    )
+    assert torch.equal(mixed, {"conditional": conditional, "marginal": marginal}[same])
+    assert not torch.equal(conditional, marginal)
 
 
 def test_only_samples_with_r_below_t_pass_through_the_jvp():
@@ -624,7 +637,8 @@ def trained(tmp_path_factory):
     """A folder with data and a finished run of train_mnist.py in `run`, from the command line."""
     folder = tmp_path_factory.mktemp("trained")
     write_mnist(folder / "data")
-    flags = "--steps 5 --batch-size 8 --log-every 2 --lambda-schedule linear --out run"
+    flags = "--steps 5 --batch-size 8 --log-every 2 --lambda-schedule linear"
+    flags += " --lambda-warmup 2 --out run"
     command = [sys.executable, ROOT / "train_mnist.py", *flags.split()]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -712,8 +726,6 @@ def test_the_sampler_refuses_a_foreign_checkpoint(call, tmp_path):
         ("--lambda-max", 1.1),
         ("--guidance", -1),
         ("--lambda-schedule", "sine"),
-        ("--lambda-max", 0.5),  # without a schedule
-        ("--lambda-warmup", 10),
         ("--jump-share", 0.001),
         ("--seed", 2**63),
         ("--lr-warmup", 1_000_000),
@@ -732,21 +744,22 @@ def test_a_wrong_flag_ends_with_one_line_and_nothing_written(
     assert not out.exists()
 
 
-@pytest.mark.parametrize(
-    "flags, tangent",
-    [
-        ((), "conditional"),
-        (("--lambda-schedule", "linear"), "marginal"),
-        (("--lambda-schedule", "linear", "--tangent", "conditional"), "conditional"),
-        (("--tangent", "marginal"), "marginal"),
-    ],
-)
-def test_the_tangent_is_marginal_with_a_schedule_unless_asked_otherwise(
-    mnist, tmp_path, flags, tangent
-):
-    assert mnist("--steps", 1, *flags)[0] == 0
-    args = training.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["args"]
-    assert args["tangent"] == tangent
+@pytest.mark.parametrize("flag", ["--lambda-max", "--lambda-warmup"])
+def test_a_curriculum_without_a_schedule_is_refused(call, tmp_path, monkeypatch, flag):
+    write_cifar(tmp_path / "data", monkeypatch)
+    place = "--data", tmp_path / "data", "--out", tmp_path / "run"
+    assert flag in one_line(call(train_cifar, *place, flag, 1))
+
+
+@pytest.mark.parametrize("lam, same", [(0, "conditional"), (1, "marginal")])
+def test_the_tangent_is_marginal_where_lambda_is_not_0(mnist, tmp_path, lam, same):
+    constant = "--steps", 2, "--lambda-schedule", "constant", "--lambda-max", lam
+    assert mnist(*constant)[0] == 0
+    for tangent in "conditional", "marginal":
+        assert mnist(*constant, "--tangent", tangent, out=tangent)[0] == 0
+        default, named = weights(tmp_path / "run"), weights(tmp_path / tangent)
+        equal = all(torch.equal(default[name], named[name]) for name in named)
+        assert equal == (tangent == same)
 
 
 def test_a_curriculum_beyond_the_end_is_refused(mnist):
@@ -871,7 +884,7 @@ def worker(rank, folder):
         flags = f"--tangent {tangent} --lambda-schedule constant --lambda-max {lam} --steps"
         trained.append(train(f"{tangent}{lam}", f"{flags} 4"))
     with pytest.raises(ValueError, match="resume at steps 0 to 4"):  # as without a shared folder
-        train("marginal1" if rank == 0 else "elsewhere", f"{flags} 5 --resume")
+        train("mixed1" if rank == 0 else "elsewhere", f"{flags} 5 --resume")
     compile = lambda objective, dynamic: nn.Module.compile(objective, backend="aot_eager")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(meanflow.Objective, "compile", compile)
@@ -895,9 +908,9 @@ def test_two_processes_make_one_training(tmp_path):
         assert all(torch.equal(net[name], other[name]) for name in net)
     *_, net, compiled = nets
     assert all((net[name] - compiled[name]).abs().max() < 1e-4 for name in net)
-    saved = training.load_checkpoint(tmp_path / "marginal1" / "checkpoint.pt")
+    saved = training.load_checkpoint(tmp_path / "mixed1" / "checkpoint.pt")
     assert saved["step"] == 4 and torch.equal(saved["model"]["last.bias"], net["last.bias"])
-    assert len((tmp_path / "marginal1" / "log.csv").read_text().splitlines()) == 3
+    assert len((tmp_path / "mixed1" / "log.csv").read_text().splitlines()) == 3
 
 
 def test_torchrun_trains(trained, tmp_path):
@@ -1046,7 +1059,7 @@ def test_resuming_names_what_is_wrong_with_the_checkpoint(mnist, tmp_path, damag
         (("--lr", 0.5), "lr was 0.003"),
         (("--steps", 3), "steps was 2"),  # the learning rate's decay depends on them
         (("--no-class-cond",), "class_cond was True"),
-        (("--lambda-schedule", "linear"), "lambda_schedule was None"),
+        (("--lambda-schedule", "linear"), "lambda_schedule was falling"),
     ],
 )
 def test_resuming_refuses_other_settings(mnist, flags, message):
@@ -1055,7 +1068,7 @@ def test_resuming_refuses_other_settings(mnist, flags, message):
 
 
 def test_a_longer_training_can_go_on(mnist, tmp_path):
-    constant = "--no-lr-decay", "--lr-warmup", 1
+    constant = "--no-lr-decay", "--lr-warmup", 1, "--lambda-warmup", 1
     assert mnist("--steps", 2, *constant)[0] == 0
     assert mnist("--steps", 4, *constant, "--resume")[0] == 0
     assert mnist("--steps", 4, *constant, out="whole")[0] == 0
@@ -1068,7 +1081,7 @@ def test_a_longer_training_can_go_on(mnist, tmp_path):
     [
         (("--lambda-schedule", "linear"), [True, True, True], [0, 0.5, 1]),
         (("--lambda-schedule", "falling"), [True, True, False], [1, 0.5, 0]),
-        ((), [False, False, False], [0, 0, 0]),
+        (("--lambda-max", 0), [False, False, False], [0, 0, 0]),
     ],
 )
 def test_compiled_training_gets_lambda_as_a_tensor(mnist, monkeypatch, schedule, tensors, values):
@@ -1081,8 +1094,7 @@ def test_compiled_training_gets_lambda_as_a_tensor(mnist, monkeypatch, schedule,
         objective.forward = lambda x0, lam, y: seen.append(lam) or forward(x0, lam, y)
 
     monkeypatch.setattr(meanflow.Objective, "compile", compile)
-    schedule = (*schedule, "--lambda-warmup", 2) if schedule else ()
-    assert mnist("--steps", 3, *schedule, "--compile")[0] == 0
+    assert mnist("--steps", 3, *schedule, "--lambda-warmup", 2, "--compile")[0] == 0
     assert [torch.is_tensor(lam) and lam.ndim == 0 for lam in seen] == tensors
     assert [float(lam) for lam in seen] == values
 

@@ -14,6 +14,7 @@ RECIPE = {
     "lr_decay": True,
     "beta2": 0.99,
     "ema": 0.995,
+    "lambda_schedule": "falling",
     "jump_share": 0.5,
     "t_logit": [0.0, 1.6],
     "r_logit": [-4.0, 1.6],

@@ -95,10 +95,10 @@ def train_parser(description, **defaults):
     flag("--clip", type=POSITIVE, default=20.0, help="largest norm of the gradient")
     flag("--ema", type=DECAY, default=0.999, help="decay of the averaged weights, per step")
     flag("--lambda-schedule", choices=LAMBDA_SCHEDULES, help="curriculum of λ; without it λ = 0")
-    flag("--lambda-max", type=SHARE, help="largest λ of the curriculum; without it 1")
-    flag("--lambda-warmup", type=STEPS, help="steps in which λ changes; without it half of all")
-    flag("--tangent", choices=TANGENTS, help="direction of du/dt; without it marginal with a "
-         "schedule of λ, else conditional")  # fmt: skip
+    flag("--lambda-max", type=SHARE, help="largest λ; without it 1; 0 for λ = 0")
+    flag("--lambda-warmup", type=STEPS, help="steps in which λ changes; without it a 4th of all")
+    flag("--tangent", choices=TANGENTS, default="mixed", help="direction of du/dt; mixed is "
+         "marginal where λ > 0 and conditional where λ = 0")  # fmt: skip
     flag("--jump-share", type=SHARE, default=0.25, help="share of samples with r < t")
     flag("--t-logit", **normal, default=[-0.4, 1.0], help="normal draws of logit(t)")
     flag("--r-logit", **normal, help="of logit(r), clipped to t; without it sorted draws of t")
@@ -256,10 +256,8 @@ def _settle(args, world):
     require(not alone, "--lambda-max and --lambda-warmup need a --lambda-schedule")
     if args.lr_warmup is None:
         args.lr_warmup = args.steps // 50
-    if args.tangent is None:  # where λ > 0 the conditional one costs diversity
-        args.tangent = "marginal" if args.lambda_schedule else "conditional"
     if args.lambda_schedule and args.lambda_warmup is None:
-        args.lambda_warmup = args.steps // 2
+        args.lambda_warmup = args.steps // 4
     for flag, value in ("--lr-warmup", args.lr_warmup), ("--lambda-warmup", args.lambda_warmup):
         require((value or 0) <= args.steps, f"{flag} {value} is beyond --steps {args.steps}")
     for flag, pair in ("--t-logit", args.t_logit), ("--r-logit", args.r_logit):

@@ -40,7 +40,7 @@ import train_mnist
 import training
 
 SCHEDULES = {  # λ as flags of the training scripts
-    "0": "",
+    "0": "--lambda-max 0",
     "0.25": "--lambda-schedule constant --lambda-max 0.25",
     "0.5": "--lambda-schedule constant --lambda-max 0.5",
     "1": "--lambda-schedule constant",
@@ -98,6 +98,7 @@ def train(job):
         torch.set_num_threads(1)
         parser = training.train_parser(None, **train_mnist.RECIPE | RECIPE | {"out": str(run)})
         flags = f"{SCHEDULES[schedule]} --tangent {tangent} --seed {seed} --steps {steps} --resume"
+        flags += f" --lambda-warmup {steps // 2}"
         args = parser.parse_args(flags.split())
         torch.manual_seed(seed)
         network = train_mnist.NETWORK | {"width": 16}
@@ -171,7 +172,7 @@ def curve(results, file):
 
 
 def mnist(args):
-    configurations = [(name, tangent) for name in SCHEDULES for tangent in meanflow.TANGENTS]
+    configurations = [(name, tangent) for name in SCHEDULES for tangent in COLOURS]
     Quality(args.data, Path(args.out, "classifier.pt"))  # trains the classifier, once
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         measure = lambda jobs: dict(pool.map(train, [(job, args.data, args.out) for job in jobs]))
@@ -200,7 +201,7 @@ def main():
     if args.only != "mnist":
         print("| λ | conditional | marginal |\n|---|---|---|\n| exact | 0.500 | 0.500 |")
         for lam in 0.0, 0.25, 0.5, 1.0:
-            stds = (gaussian(lam, tangent) for tangent in meanflow.TANGENTS)
+            stds = (gaussian(lam, tangent) for tangent in COLOURS)
             print(f"| {lam} |", " | ".join(f"{std:.3f}" for std in stds), "|", flush=True)
     if args.only != "gaussian":
         mnist(args)
