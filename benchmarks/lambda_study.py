@@ -148,7 +148,7 @@ def curve(results, file):
     )
     width, height, bottom = 250, 170, 220
     for left, measure in (60, "recall"), (390, "distance"):
-        top = 1.05 * max(run[measure] for job, run in results.items() if job[0] in constant)
+        top = 1.05 * max(run[measure] for job, run in results.items() if job[0] in constant) or 1
         tick = next(k for e in range(-3, 4) for k in (10**e, 2 * 10**e, 5 * 10**e) if 5 * k > top)
         place = lambda lam, value: (left + width * lam, bottom - height * value / top)  # noqa: B023
         write(left + width / 2, 30, f"{measure} of one-step samples", 'font-weight="bold"')
