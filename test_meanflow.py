@@ -749,6 +749,7 @@ def test_a_curriculum_without_a_schedule_is_refused(call, tmp_path, monkeypatch,
     write_cifar(tmp_path / "data", monkeypatch)
     place = "--data", tmp_path / "data", "--out", tmp_path / "run"
     assert flag in one_line(call(train_cifar, *place, flag, 1))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("lam, same", [(0, "conditional"), (1, "marginal")])
