@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import gc
 import itertools
 import math
@@ -13,13 +14,17 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 
 import meanflow
 import train_cifar
@@ -28,6 +33,7 @@ import training
 from meanflow import (
     LAMBDA_SCHEDULES,
     UNet,
+    expand,
     lambda_schedule,
     meanflow_loss,
     path,
@@ -41,6 +47,7 @@ ROOT = Path(__file__).parent
 torch.set_num_threads(1)  # the networks are tiny
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 assert_close = torch.testing.assert_close
+TANGENTS = "conditional", "marginal"
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +123,15 @@ def test_one_step_equals_eight_and_both_give_the_data():
     x1 = torch.randn(1000, 1, dtype=torch.float64)
     for steps in 1, 8:
         assert_close(sample(gaussian_u, x1, steps=steps), MEAN + STD * x1)
+
+
+def test_the_grid_of_the_sampler_can_be_given():
+    net, x1 = Net(), torch.randn(5, 3).double()
+    assert torch.equal(sample(net, x1, times=[1, 0.5, 0]), sample(net, x1, steps=2))
+    at = lambda time: torch.full((5,), time).double()
+    x = x1 - 0.75 * net(x1, at(0.25), at(1.0))
+    x = x - 0.25 * net(x, at(0.0), at(0.25))
+    assert_close(sample(net, x1, times=torch.tensor([1, 0.25, 0])), x.detach())
 
 
 def stationarity(lam, tangent):
@@ -275,19 +291,6 @@ def test_marginal_tangent_is_a_constant_direction(lam):
     assert_close(gradients(loss, net), gradients(expected, net))
 
 
-@pytest.mark.parametrize(
-    "lam, same", [(0.0, "conditional"), (0.3, "marginal"), (torch.tensor(0.0), "marginal")]
-)
-def test_mixed_tangent_is_conditional_only_for_lambda_0(lam, same):
-    net, (x0, given) = Net(), batch()
-    mixed, conditional, marginal = (
-        meanflow_loss(net, x0, lam, **given, tangent=tangent)[1]
-        for tangent in ("mixed", "conditional", "marginal")
-    )
-    assert torch.equal(mixed, {"conditional": conditional, "marginal": marginal}[same])
-    assert not torch.equal(conditional, marginal)
-
-
 def test_only_samples_with_r_below_t_pass_through_the_jvp():
     seen = []
 
@@ -304,7 +307,7 @@ def test_only_samples_with_r_below_t_pass_through_the_jvp():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("tangent", meanflow.TANGENTS)
+@pytest.mark.parametrize("tangent", TANGENTS)
 def test_what_is_drawn_gives_the_loss_of_the_same_given(share, tangent):
     net, (x0, _) = Net(), batch()
     times = {"jump_share": share, "t_logit": (-0.4, 1.0), "r_logit": (-1.0, 1.0)}
@@ -364,6 +367,16 @@ def test_times_are_ordered_and_the_stated_share_jumps(r_logit, share):
         assert (r[:jumps] < t[:jumps]).all()
 
 
+@pytest.mark.parametrize("n, share", [(1, 0.25), (2, 0.2), (1, 0.9), (2, 0.9)])
+def test_tiny_batches_jump_in_the_stated_share_on_average(n, share):
+    times = (sample_times(n, jump_share=share) for _ in range(3000))
+    jumps = torch.stack([r < t for r, t in times]).double().sum(1)
+    assert set(jumps.tolist()) == {math.floor(n * share), math.ceil(n * share)}
+    assert abs(jumps.mean() / n - share) < 4 * jumps.std() / n / 3000**0.5
+    loss, err = meanflow_loss(Net().float(), torch.randn(n, 3), 0.5, jump_share=share)
+    assert loss.isfinite() and err.shape == (n,)
+
+
 def test_times_have_the_distributions_asked_for():
     n = 100_000
     _, t = sample_times(n, t_logit=(-0.6, 1.6), r_logit=(-4.0, 0.5))
@@ -393,55 +406,248 @@ def test_schedules_at_their_edges():
     assert lambda_schedule("cosine", warmup=10)(1) < 0.03
 
 
-# The U-Net ---------------------------------------------------------------------------------------
+# Anybody's network -------------------------------------------------------------------------------
 
 
-class Wave(nn.Module):
-    """A u(x, r, t) around a layer that preserves shapes, with a parameter in front of it."""
+class Through(nn.Module):
+    """A u(x, r, t) of x (B, *shape) that depends on all of `layer`'s output, whatever its shape."""
 
-    def __init__(self, layer, weight):
+    def __init__(self, layer, shape):
         super().__init__()
-        self.layer, self.weight = layer, nn.Parameter(weight)
+        self.layer, self.scale = layer, nn.Parameter(1 + torch.rand(shape))
 
     def forward(self, x, r, t):
-        return self.layer(torch.sin(x * self.weight)) * (1 + t - r)[:, None, None, None]
+        h = self.layer(torch.sin(x * self.scale) + expand(t + r, x) * x)
+        h = (h * torch.cos(torch.arange(h[0].numel())).view_as(h[0])).flatten(1).sum(1)
+        return x + torch.tanh(x * self.scale) * expand(h, x)
 
 
-@pytest.mark.parametrize("lam", [0.0, 1.0])
-@pytest.mark.parametrize(
-    "own, plain",
-    [
-        (meanflow.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)),
-        (meanflow.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)),
-        (meanflow.GroupNorm(16), nn.GroupNorm(2, 16)),
-        (meanflow.SiLU(), nn.SiLU()),
-    ],
+class SelfAttention(nn.Module):
+    def __init__(self, features, heads):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(features, heads, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class Calls(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+encoder = functools.partial(
+    nn.TransformerEncoderLayer, 6, 2, 8, dropout=0.0, activation="gelu", batch_first=True
 )
-def test_layers_with_a_derivative_of_their_own_agree_with_the_plain_ones(own, plain, lam):
-    for parameter in plain.double().parameters():
-        nn.init.normal_(parameter)
-    own.double().load_state_dict(plain.state_dict())
-    x, v, weight = torch.randn(3, 2, 16, 5, 5, dtype=torch.float64)
-    r, t = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
-    results = []
-    for net in Wave(own, weight), Wave(plain, weight):
-        u, dudt = total_derivative(net, x, r, t, v, gradients=lam > 0)
-        e = u + sg_lambda(dudt, lam)
-        results.append((u, dudt, *torch.autograd.grad(e.pow(2).sum(), list(net.parameters()))))
-    for one, other in zip(*results, strict=True):
-        assert_close(one, other)
+VECTOR, SEQUENCE, IMAGE, VOLUME = (6,), (5, 6), (6, 4, 4), (4, 3, 3, 3)
+LAYERS = {  # a layer and the shape of a sample
+    "linear": (nn.Linear(6, 3), VECTOR),
+    "conv 1d": (nn.Conv1d(5, 3, 3), SEQUENCE),
+    "conv 2d, circular, groups": (
+        nn.Conv2d(6, 4, 3, groups=2, padding=1, padding_mode="circular"), IMAGE),
+    "conv 3d": (nn.Conv3d(4, 2, 2), VOLUME),
+    "transposed conv": (nn.ConvTranspose2d(6, 2, 3, stride=2), IMAGE),
+    "group norm": (nn.GroupNorm(2, 6), IMAGE),
+    "group norm of vectors": (nn.GroupNorm(2, 6, affine=False), VECTOR),
+    "layer norm": (nn.LayerNorm(6), SEQUENCE),
+    "layer norm of two dimensions": (nn.LayerNorm((5, 6), bias=False), SEQUENCE),
+    "layer norm without weights": (nn.LayerNorm(6, elementwise_affine=False), VECTOR),
+    "layer norm of channels": (
+        nn.Sequential(Calls(lambda x: x.movedim(1, -1)), nn.LayerNorm(6)), IMAGE),
+    "instance norm": (nn.InstanceNorm2d(6), IMAGE),
+    "instance norm, affine": (nn.InstanceNorm1d(5, affine=True), SEQUENCE),
+    "instance norm in eval mode": (
+        nn.InstanceNorm2d(6, affine=True, track_running_stats=True).eval(), IMAGE),
+    "batch norm in eval mode": (nn.BatchNorm2d(6).eval(), IMAGE),
+    "RMS norm": (nn.RMSNorm(6), VECTOR),
+    "torch.layer_norm": (Calls(lambda x: torch.layer_norm(x, (6,), eps=1e-3)), VECTOR),
+    "torch.group_norm": (Calls(lambda x: torch.group_norm(x, 3)), IMAGE),
+    "F.layer_norm by names": (
+        Calls(lambda x: F.layer_norm(input=x, normalized_shape=(6,), eps=1e-3)), VECTOR),
+    "a weight that depends on x": (
+        Calls(lambda x: F.group_norm(x, 2, x.mean((0, 2, 3)), x.sum((0, 2, 3)))), IMAGE),
+    "a kernel that depends on x": (
+        Calls(lambda x: F.conv2d(x, x.reshape(-1, 6, 2, 2)[:3], x.flatten()[:3])), IMAGE),
+    "attention": (Calls(lambda x: F.scaled_dot_product_attention(x, x.flip(1), x)), SEQUENCE),
+    "multi-head attention": (SelfAttention(6, 2), SEQUENCE),
+    "multi-head attention in eval mode": (SelfAttention(6, 2).eval(), SEQUENCE),
+    "transformer, norm after": (encoder(norm_first=False), SEQUENCE),
+    "transformer, norm before": (encoder(norm_first=True), SEQUENCE),
+    "transformer in eval mode": (encoder().eval(), SEQUENCE),
+    "LSTM": (nn.Sequential(nn.LSTM(6, 4, batch_first=True), Calls(lambda out: out[0])), SEQUENCE),
+    "upsampling": (nn.Upsample(scale_factor=2, mode="bilinear"), IMAGE),
+    "in place": (nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 3)), VECTOR),
+    "weight norm": (nn.utils.parametrizations.weight_norm(nn.Linear(6, 3)), VECTOR),
+}  # fmt: skip
+
+
+def against_differences(u, parameters, shape, y=None):
+    """Compare the gradient of the λ = 1 loss with central differences along a direction."""
+    x0, given = batch(n=4, shape=shape, jump_share=1.0)
+    loss = lambda: meanflow_loss(u, x0, 1.0, y, **given, p=0)[0]
+    grads = torch.autograd.grad(loss(), parameters, materialize_grads=True)
+    directions, h = [torch.randn_like(p) for p in parameters], 1e-6
+    slope = sum((g * d).sum() for g, d in zip(grads, directions, strict=True))
+
+    def moved(h):
+        with torch.no_grad():
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter.add_(direction, alpha=h)
+            return loss()
+
+    up, down, _ = moved(h), moved(-2 * h), moved(h)
+    assert_close(slope, (up - down) / (2 * h), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_through_layers_agree_with_differences(name):
+    layer, shape = LAYERS[name]
+    net = Through(layer, shape).double()
+    for parameter in net.parameters():
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    against_differences(net, [*net.parameters()], shape)
+
+
+def test_diffusers_unet_as_it_is():
+    diffusers = pytest.importorskip("diffusers")
+    down, up = ("DownBlock2D", "AttnDownBlock2D"), ("AttnUpBlock2D", "UpBlock2D")
+    options = {"down_block_types": down, "up_block_types": up, "norm_num_groups": 4}
+    options |= {"block_out_channels": (8, 16), "layers_per_block": 1, "attention_head_dim": 8}
+    net = diffusers.UNet2DModel(sample_size=8, in_channels=2, out_channels=1, **options).double()
+
+    def u(x, r, t):
+        return net(torch.cat((x, expand(r, x).expand_as(x)), 1), t).sample
+
+    against_differences(u, [*net.parameters()], (1, 8, 8))
+    with torch.no_grad():
+        meanflow_loss(net.eval() and u, torch.randn(4, 1, 8, 8).double(), 0.0)
+
+
+def test_a_timm_block_as_it_is():
+    vision_transformer = pytest.importorskip("timm.models.vision_transformer")
+    block, times = vision_transformer.Block(8, 2).double(), nn.Linear(2, 8).double()
+    u = lambda x, r, t: block(x + times(torch.stack((r, t), 1))[:, None])
+    against_differences(u, [*block.parameters(), *times.parameters()], (5, 8))
+
+
+def test_a_validation_loss_is_that_of_training():
+    net, (x0, given) = Through(encoder(), SEQUENCE).double(), batch(shape=SEQUENCE)
+    expected, _ = meanflow_loss(net, x0, 0.0, **given)
+    with torch.no_grad():
+        assert_close(meanflow_loss(net.eval(), x0, 0.0, **given)[0], expected.detach())
+
+
+class Everything(nn.Module):
+    """Convolution, the norms, attention and labels, as small as can be: for the compiler."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.group, self.layer = nn.Conv2d(2, 4, 1), nn.GroupNorm(2, 4), nn.LayerNorm(4)
+        self.label, self.last = nn.Embedding(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x, r, t, y=None):
+        h = self.group(self.conv(x)).flatten(2).mT  # (B, H W, 4)
+        label = self.label(torch.zeros_like(r).long() if y is None else 1 + y)[:, None]
+        h = self.layer(h + label + expand(t - r, h))
+        h = F.scaled_dot_product_attention(h, h, h)
+        return x * expand(t, x) + self.last(h).mT.unflatten(2, x.shape[2:])
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("tangent", TANGENTS)
+def test_the_whole_loss_compiles_into_one_graph(tangent, guidance):
+    net, x0, y = Everything(), torch.randn(4, 2, 3, 3), torch.tensor([0, 1, -1, 2])
+    objective = meanflow.Objective(net, jump_share=0.5, tangent=tangent, guidance=guidance)
+    torch.compiler.reset()
+    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")
+    for lam in 0.0, 0.5, torch.tensor(0.0), torch.tensor(0.5), torch.tensor(1.0):
+        results = []
+        for module in objective, compiled:
+            torch.manual_seed(1)
+            loss, err = module(x0, lam, y)
+            results.append((loss, err, *torch.autograd.grad(loss, [*net.parameters()])))
+        assert_close(*results)
+
+
+def test_the_unet_compiles_into_one_graph():
+    net, x0 = UNet(1, size=4, width=8, multipliers=(1,)), torch.randn(4, 1, 4, 4)
+    torch.compiler.reset()
+    objective = meanflow.Objective(net, tangent="marginal")
+    loss, _ = torch.compile(objective, fullgraph=True, backend="aot_eager")(x0, torch.tensor(0.5))
+    loss.backward()
+
+
+def test_a_network_may_work_in_place_on_its_input():
+    net, (x0, given) = Net(), batch(jump_share=1.0)
+
+    def in_place(x, r, t):
+        return net(x.mul_(2), r.add_(1), t.mul_(3))
+
+    copies = lambda x, r, t: net(x * 2, r + 1, t * 3)
+    before = {name: value.clone() for name, value in given.items()}
+    for tangent in TANGENTS:
+        results = [meanflow_loss(u, x0, 1.0, **given, tangent=tangent) for u in (in_place, copies)]
+        assert_close(*results)
+    assert_close(given, before, rtol=0, atol=0)
+    x1 = torch.randn(4, 3).double()
+    kept = x1.clone()
+    assert_close(sample(in_place, x1, steps=2), sample(copies, x1, steps=2))
+    assert torch.equal(x1, kept)
+
+
+def test_half_precision_data_do_not_overflow():
+    x0 = torch.randn(2, 3, 256, 256, dtype=torch.float16)
+    loss, err = meanflow_loss(lambda x, r, t: 0 * x, x0, 0.0)
+    assert loss.isfinite() and loss.dtype == err.dtype == torch.float32
+    assert_close(err.mean(), torch.tensor(2.0), rtol=0.05, atol=0)  # of x1 - x0
 
 
 def test_a_derivative_that_needs_no_gradient_keeps_no_graph():
-    net, x = small_unet(attention=2), torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    net, x = small_unet(), torch.randn(2, 1, 8, 8, dtype=torch.float64)
     r, t = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    kept, used = [], []
     for gradients in False, True:
-        u, dudt = total_derivative(net, x, r, t, x, gradients=gradients)
+        with torch.autograd.graph.saved_tensors_hooks(lambda z: kept.append(z) or z, lambda z: z):
+            u, dudt = total_derivative(net, x, r, t, x, gradients=gradients)
+        used.append(sum(z.numel() for z in kept))
+        kept.clear()
         assert u.requires_grad and dudt.requires_grad == gradients
-    with pytest.raises(ValueError, match="x must be"):
-        total_derivative(net, x[:, :, :4], r, t, x[:, :, :4], gradients=False)
-    elsewhere = torch.func.jvp(lambda x: net(x, r, t), (x,), (x,))
-    assert elsewhere[1].requires_grad
+    assert used[0] < 0.7 * used[1]
+
+
+def test_two_threads_do_not_disturb_each_other():
+    """While one differentiates its derivative, the other, with λ = 0, drops its own."""
+    net, (x0, given) = Through(nn.GroupNorm(1, 3), (3, 2)).double(), batch(shape=(3, 2))
+    inside, waiting = threading.Event(), threading.Event()
+
+    def slow(x, r, t):
+        inside.set()
+        waiting.wait(timeout=60)
+        return net(x, r, t)
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(meanflow_loss, slow, x0, 1.0, **given)
+        inside.wait(timeout=60)
+        meanflow_loss(net, x0, 0.0, **given)
+        waiting.set()
+    expected, _ = meanflow_loss(net, x0, 1.0, **given)
+    assert_close(gradients(first.result()[0], net), gradients(expected, net))
+
+
+def test_the_unet_can_be_built_on_the_meta_device():
+    net, options = small_unet(classes=3), {"size": 8, "width": 8, "classes": 3}
+    with torch.device("meta"):
+        other = UNet(1, **options).double()
+    other.to_empty(device="cpu").load_state_dict(net.state_dict())
+    x1, y = torch.randn(3, 1, 8, 8).double(), torch.arange(3)
+    assert torch.equal(sample(other, x1, y=y), sample(net, x1, y=y))
+
+
+# The U-Net ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels, size", [(1, 28), (3, 32)])
@@ -472,8 +678,6 @@ def test_labels_matter_and_a_missing_one_is_the_null_class():
     x, (r, t) = torch.randn(4, 1, 8, 8).double(), sample_times(4, dtype=torch.float64)
     out = [net(x, r, t, torch.full((4,), y)) for y in range(-1, 3)]
     assert torch.equal(net(x, r, t), out[0])
-    with pytest.raises(IndexError):
-        net(x, r, t, torch.full((4,), 3))
     assert all((out[i] - out[j]).abs().mean() > 1e-4 for i in range(4) for j in range(i))
 
 
@@ -518,6 +722,7 @@ def test_derivative_and_value_share_the_dropout_mask():
 
 X0 = torch.zeros(4, 3)
 TIMES = {"r": torch.full((4,), 0.2), "t": torch.full((4,), 0.6)}
+batch_norm = lambda x, r, t: F.batch_norm(x * t[:, None], None, None, training=True)
 
 
 @pytest.mark.parametrize(
@@ -529,7 +734,6 @@ TIMES = {"r": torch.full((4,), 0.2), "t": torch.full((4,), 0.6)}
         (lambda: meanflow_loss(Net(), torch.zeros(0, 3), 0.0), r"x0 must be.*\(0, 3\)"),
         (lambda: meanflow_loss(Net(), X0, 0.0, torch.zeros(3)), "y must"),
         (lambda: meanflow_loss(Net(), X0, 0.0, [0, 1, 2, 3]), "y must"),
-        (lambda: meanflow_loss(Net(), X0[:2], 0.0), "jump_share 0.25 of 2 samples is not one"),
         (lambda: meanflow_loss(Net(), X0, 1.5), "lam must be.*1.5"),
         (lambda: meanflow_loss(Net(), X0, -0.1), "lam must be.*-0.1"),
         (lambda: meanflow_loss(Net(), X0, float("nan")), "lam must be.*nan"),
@@ -564,6 +768,16 @@ TIMES = {"r": torch.full((4,), 0.2), "t": torch.full((4,), 0.6)}
         (lambda: sample_times(4, jump_share=1.1), "jump_share must be.*1.1"),
         (lambda: sample_times(4, t_logit=(0.0, -1.0)), "t_logit must.*-1"),
         (lambda: sample_times(4, r_logit=(0.0, -1.0)), "r_logit must.*-1"),
+        (lambda: sample_times(4, t_logit=(float("nan"), 1.0)), "t_logit must.*nan"),
+        (lambda: sample_times(4, r_logit=0.0), "r_logit must.*0.0"),
+        (lambda: meanflow_loss(Net(), X0, 0.0, r_logit=()), r"r_logit must.*\(\)"),
+        (lambda: sample(Net(), X0, steps=2, times=[1, 0]), "steps 2 and times"),
+        (lambda: sample(Net(), X0, times=[1, 0.5, 0.5, 0]), "times must decrease.*0.5"),
+        (lambda: sample(Net(), X0, times=[0.9, 0]), "times must.*from 1 to 0.*0.9"),
+        (lambda: sample(Net(), X0, times=[]), "times must"),
+        (lambda: sample(Net(), X0, y=[0, 1, 2, 3]), "y must.*list"),
+        (lambda: meanflow_loss(lambda x, r, t: (x, t), X0, 0.0), "model must return.*tuple"),
+        (lambda: meanflow_loss(batch_norm, X0, 0.0, **TIMES), "batch norm mixes"),
         (lambda: lambda_schedule("step", warmup=1), "name must be.*'step'"),
         (lambda: lambda_schedule("linear", warmup=-1), "warmup must be.*-1"),
         (lambda: lambda_schedule("linear", warmup=1, maximum=1.1), "maximum must be.*1.1"),
@@ -573,8 +787,40 @@ TIMES = {"r": torch.full((4,), 0.2), "t": torch.full((4,), 0.6)}
     ],
 )
 def test_bad_input_is_named(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         call()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "y",
+    [3, [0, 1, 2, 0], torch.tensor(1), torch.arange(3), torch.zeros(4, 1).long(),
+     torch.eye(4).long(), torch.zeros(4, dtype=torch.uint8), torch.zeros(4),
+     torch.tensor([0, 1, 2, 3])],
+    ids=["int", "list", "0-dim", "too few", "(B, 1)", "one-hot", "uint8", "float", "beyond"],
+)  # fmt: skip
+def test_labels_that_do_not_fit_are_named(y):
+    net, x = UNet(1, size=8, width=8, classes=3), torch.randn(4, 1, 8, 8)
+    r = t = torch.ones(4)
+    for call in (
+        lambda: meanflow_loss(net, x, 0.0, y), lambda: sample(net, x, y=y), lambda: net(x, r, t, y)
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="y must be"):
+            call()
+    with pytest.raises(ValueError, match="y must be left out"):
+        UNet(1, size=8, width=8)(x, r, t, torch.arange(4))
+
+
+def test_numbers_from_numpy_are_numbers():
+    numpy, net, (x0, given) = pytest.importorskip("numpy"), Net(), batch()
+    for lam in 0.0, 0.5:
+        expected = gradients(meanflow_loss(net, x0, lam, **given)[0], net)
+        for kind in numpy.float32, numpy.float64:
+            loss, _ = meanflow_loss(net, x0, kind(lam), **given)
+            assert torch.equal(gradients(loss, net), expected)
+    x1 = given["x1"]
+    assert torch.equal(sample(net, x1, steps=numpy.int64(2)), sample(net, x1, steps=2))
+    assert torch.equal(sample(net, x1, times=numpy.array([1, 0.5, 0])), sample(net, x1, steps=2))
 
 
 # It learns ---------------------------------------------------------------------------------------
@@ -816,7 +1062,7 @@ def weights(out):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("lam", [0.0, 1.0])
-@pytest.mark.parametrize("tangent", meanflow.TANGENTS)
+@pytest.mark.parametrize("tangent", TANGENTS)
 def test_bf16_keeps_the_direction_of_every_gradient(device, lam, tangent):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
@@ -854,7 +1100,7 @@ def joined_gradient(rank, world, lam, tangent):
     return torch.cat([p.grad.flatten() for p in net.parameters()])
 
 
-CASES = [(lam, tangent) for lam in (0.0, 0.3, 1.0) for tangent in meanflow.TANGENTS]
+CASES = [(lam, tangent) for lam in (0.0, 0.3, 1.0) for tangent in TANGENTS]
 
 
 def worker(rank, folder):
@@ -881,7 +1127,7 @@ def worker(rank, folder):
 
     training._processes = watched
     trained = []
-    for tangent, lam in itertools.product(meanflow.TANGENTS, (0, 1)):
+    for tangent, lam in itertools.product((*TANGENTS, "mixed"), (0, 1)):
         flags = f"--tangent {tangent} --lambda-schedule constant --lambda-max {lam} --steps"
         trained.append(train(f"{tangent}{lam}", f"{flags} 4"))
     with pytest.raises(ValueError, match="resume at steps 0 to 4"):  # as without a shared folder
@@ -1092,7 +1338,8 @@ def test_compiled_training_gets_lambda_as_a_tensor(mnist, monkeypatch, schedule,
 
     def compile(objective, dynamic):
         forward = objective.forward
-        objective.forward = lambda x0, lam, y: seen.append(lam) or forward(x0, lam, y)
+        objective.forward = lambda x0, lam, y, **options: (
+            seen.append(lam) or forward(x0, lam, y, **options))  # fmt: skip
 
     monkeypatch.setattr(meanflow.Objective, "compile", compile)
     assert mnist("--steps", 3, *schedule, "--lambda-warmup", 2, "--compile")[0] == 0
@@ -1233,6 +1480,25 @@ def test_the_first_block_of_the_readme_runs():
     names = {"batches": [torch.randn(8, 1, 28, 28)] * 2}
     exec(block, names)
     assert names["images"].shape == (64, 1, 28, 28)
+
+
+@pytest.mark.parametrize("lam", [0.0, 1.0])
+def test_activation_checkpointing_of_the_readme_gives_the_same_gradients(lam):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {"checkpoint": torch.utils.checkpoint.checkpoint, **vars(meanflow)}
+    exec(next(block for block in blocks if "def checkpointed" in block), names)
+    part, runs = nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8), nn.Linear(8, 3)).double(), []
+
+    def counted(x):
+        runs.append(x)
+        return part(x)
+
+    plain = lambda x, r, t: part(part(x) + t[:, None])
+    saving = lambda x, r, t: names["checkpointed"](counted, part(x) + t[:, None])
+    x0, given = batch()
+    grads = [gradients(meanflow_loss(u, x0, lam, **given)[0], part) for u in (plain, saving)]
+    assert_close(*grads)
+    assert len(runs) == 4  # r < t and r = t, each again in the backward pass
 
 
 def test_the_readme_points_at_the_lines_that_it_names():

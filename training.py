@@ -22,16 +22,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from meanflow import (
-    LAMBDA_SCHEDULES,
-    TANGENTS,
-    Objective,
-    UNet,
-    UserError,
-    lambda_schedule,
-    require,
-    sample,
-)
+from meanflow import LAMBDA_SCHEDULES, Objective, UNet, lambda_schedule, sample
 
 DefaultsShown = argparse.ArgumentDefaultsHelpFormatter
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
@@ -45,6 +36,15 @@ RESUMABLE = {"data", "out", "device", "resume", "compile", "tensorboard"}  # set
 RESUMABLE |= {"log_every", "sample_every", "checkpoint_every"}  # change when training goes on
 
 
+class UserError(ValueError):
+    """A mistake of the user's, which scripts show in one line."""
+
+
+def require(condition, message):
+    if not condition:
+        raise UserError(message)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")  # without the usage, one line
@@ -56,7 +56,7 @@ def run(main):
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
     try:
         main()
-    except (UserError, OSError) as error:
+    except (ValueError, OSError) as error:
         _Parser().error(error)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -97,8 +97,8 @@ def train_parser(description, **defaults):
     flag("--lambda-schedule", choices=LAMBDA_SCHEDULES, help="curriculum of λ; without it λ = 0")
     flag("--lambda-max", type=SHARE, help="largest λ; without it 1; 0 for λ = 0")
     flag("--lambda-warmup", type=STEPS, help="steps in which λ changes; without it a 4th of all")
-    flag("--tangent", choices=TANGENTS, default="mixed", help="direction of du/dt; mixed is "
-         "marginal where λ > 0 and conditional where λ = 0")  # fmt: skip
+    flag("--tangent", choices=("conditional", "marginal", "mixed"), default="mixed",
+         help="direction of du/dt; mixed is marginal where λ > 0, else conditional")  # fmt: skip
     flag("--jump-share", type=SHARE, default=0.25, help="share of samples with r < t")
     flag("--t-logit", **normal, default=[-0.4, 1.0], help="normal draws of logit(t)")
     flag("--r-logit", **normal, help="of logit(r), clipped to t; without it sorted draws of t")
@@ -355,7 +355,7 @@ class _Run:
         self.scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16")
         self.parts = {"model": model, "ema": self.average.module}
         self.parts |= {"optimizer": self.optimizer, "scaler": self.scaler}
-        names = "jump_share", "t_logit", "r_logit", "tangent", "guidance", "p", "c"
+        names = "jump_share", "t_logit", "r_logit", "guidance", "p", "c"
         self.objective = Objective(model, **{name: getattr(args, name) for name in names})
         if args.compile:
             torch._dynamo.config.optimize_ddp = False  # it would split the graph within the JVP
@@ -368,8 +368,11 @@ class _Run:
         args = self.args
         if args.compile and (lam > 0 or args.lambda_schedule in ("linear", "cosine")):
             lam = torch.full((), lam, device=x0.device)  # a number would be compiled in
+        tangent = args.tangent
+        if tangent == "mixed":  # with λ = 0 the conditional one is right, and the cheaper
+            tangent = "marginal" if torch.is_tensor(lam) or lam > 0 else "conditional"
         with torch.autocast(x0.device.type, PRECISIONS[args.amp], enabled=args.amp != "off"):
-            loss, err = self.objective(x0, lam, y)
+            loss, err = self.objective(x0, lam, y, tangent=tangent)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)

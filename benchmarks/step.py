@@ -1,13 +1,15 @@
 """What a MeanFlow step costs, as a ratio to a flow-matching step of the same network.
 
 Forward, backward and Adam on random images. All ways take turns in one process; the table has the
-median of the rounds, their quartiles, and the ratio that counting gives: a backward pass costs two
-forward passes, a tangent one more, so flow matching is 3, λ = 0 is 3 + q and λ > 0 is 3 + 3 q with
-a share q of samples at r < t. Memory is the peak of what a step allocates, as a ratio, too.
+median of the rounds, their quartiles, the ratio that counting gives and how far the measured one is
+above it: a backward pass costs two forward passes, a tangent one more, so flow matching is 3, λ = 0
+is 3 + q and λ > 0 is 3 + 3 q with a share q of samples at r < t. Memory is the peak of what a step
+allocates, as a ratio, too. "without the rules" leaves every derivative to PyTorch.
 
-    python benchmarks/step.py                    # on CUDA if it is there; else about a minute
-    python benchmarks/step.py --network cifar    # the default network of train_cifar.py
-    python benchmarks/step.py --profile          # besides, where a step's time goes
+    python benchmarks/step.py                      # on CUDA if it is there; else about a minute
+    python benchmarks/step.py --network cifar      # the default network of train_cifar.py
+    python benchmarks/step.py --network diffusers  # a UNet2DModel; needs `pip install diffusers`
+    python benchmarks/step.py --profile            # besides, where a step's time goes
 """
 
 import argparse
@@ -16,8 +18,10 @@ import sys
 import time
 from itertools import product
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -25,15 +29,56 @@ import meanflow
 import train_cifar
 import train_mnist
 
-NETWORKS = {
-    "mnist": {"channels": 1, "size": 28, "classes": 10, **train_mnist.NETWORK},
-    "cifar-tiny": {"channels": 3, "size": 32, **train_cifar.TINY_NETWORK},
-    "cifar": {"channels": 3, "size": 32, **train_cifar.NETWORK},
+NETWORKS = {  # name: (channels, size, options of our U-Net)
+    "mnist": (1, 28, {"classes": 10, **train_mnist.NETWORK}),
+    "cifar-tiny": (3, 32, train_cifar.TINY_NETWORK),
+    "cifar": (3, 32, train_cifar.NETWORK),
+    "diffusers": (3, 32, None),
 }
 
 
-class Others(torch.nn.Module):
-    """The same loss as other implementations compute it: every sample through the JVP `derive`."""
+class Diffusers(torch.nn.Module):
+    """A UNet2DModel of diffusers, which knows one time; it gets r as a channel of the image."""
+
+    def __init__(self, channels, size):
+        super().__init__()
+        from diffusers import UNet2DModel
+
+        self.net = UNet2DModel(
+            sample_size=size,
+            in_channels=channels + 1,
+            out_channels=channels,
+            block_out_channels=(64, 128),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        )
+
+    def forward(self, x, r, t):
+        return self.net(torch.cat((x, meanflow.expand(r, x).expand_as(x[:, :1])), 1), t).sample
+
+
+def build(network):
+    """Return the network and the shape of its images."""
+    channels, size, options = NETWORKS[network]
+    if options is None:
+        return Diffusers(channels, size), (channels, size, size)
+    return meanflow.UNet(channels, size=size, **options), (channels, size, size)
+
+
+class WithoutRules(torch.nn.Module):
+    """A loss whose derivatives are all PyTorch's own."""
+
+    def __init__(self, objective):
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, *args):
+        with patch.dict(meanflow.RULES, clear=True):
+            return self.objective(*args)
+
+
+class WholeBatch(torch.nn.Module):
+    """The loss as other implementations compute it: all samples through the JVP `derive`."""
 
     def __init__(self, net, derive):
         super().__init__()
@@ -42,8 +87,10 @@ class Others(torch.nn.Module):
     def forward(self, x0, lam):
         r, t = meanflow.sample_times(len(x0), device=x0.device)
         x_t, v = meanflow.path(x0, torch.randn_like(x0), t)
-        u, dudt = self.derive(self.net, (x_t, r, t), (v, torch.zeros_like(r), torch.ones_like(t)))
-        e = u + (t - r)[:, None, None, None] * meanflow.sg_lambda(dudt, lam) - v
+        with sdpa_kernel(SDPBackend.MATH):
+            directions = v, torch.zeros_like(r), torch.ones_like(t)
+            u, dudt = self.derive(self.net, (x_t, r, t), directions)
+        e = u + meanflow.expand(t - r, u) * meanflow.sg_lambda(dudt, lam) - v
         square = e.square().sum((1, 2, 3))
         return (square / (square.detach() + 1e-3) ** 0.75).mean(), square.detach()
 
@@ -57,40 +104,22 @@ def in_float32(net, primals, directions):
         return torch.func.jvp(net, primals, directions)
 
 
-class PlainNorm(torch.nn.GroupNorm):
-    def forward(self, x):
-        return super().forward(x.to(self.weight.dtype))  # bf16 under jvp fails on a CPU
-
-
-def plain(net):
-    """A copy of the network whose layers leave their derivatives to PyTorch."""
-    copy = meanflow.UNet(**net.config).to(next(net.parameters()).device)
-    copy.load_state_dict(net.state_dict())
-    for module in copy.modules():
-        if isinstance(module, meanflow.Conv2d):
-            module.__class__ = torch.nn.Conv2d
-        elif isinstance(module, meanflow.GroupNorm):
-            module.__class__ = PlainNorm
-        elif isinstance(module, meanflow.SiLU):
-            module.__class__ = torch.nn.SiLU
-    return copy
-
-
 def ways(net, shares, compiled, amp):
     """Return {name: (objective, λ, theory)} of all that is compared, flow matching first."""
     ours = {q: meanflow.Objective(net, jump_share=q) for q in (0.0, *shares)}
     table = {"flow matching": (ours[0.0], 0.0, 1.0)}
-    for lam, q in product((0.0, 1.0), shares):
-        table[f"λ = {lam:.0f}, q = {q}"] = ours[q], lam, 1 + q * (1 / 3 if lam == 0 else 1)
-    others = {"torch.func.jvp": torch.func.jvp}
-    if not compiled:
-        others["torch.autograd.functional.jvp"] = double_backward
+    counted = {(lam, q): 1 + q * (lam or 1 / 3) for lam, q in product((0.0, 1.0), shares)}
+    for (lam, q), theory in counted.items():
+        table[f"λ = {lam:.0f}, q = {q}"] = ours[q], lam, theory
+    if compiled:  # group norm does not compile without its rule
+        return table
+    for (lam, q), theory in counted.items():
+        table[f"λ = {lam:.0f}, q = {q}, without the rules"] = WithoutRules(ours[q]), lam, theory
+    others = {"func.jvp": torch.func.jvp, "autograd.functional.jvp": double_backward}
     if amp:
-        others["torch.func.jvp in float32"] = in_float32
-    layers = "our layers" if compiled else "plain layers"  # nn.GroupNorm does not compile under jvp
+        others["func.jvp in float32"] = in_float32
     for lam, (name, derive) in product((0.0, 1.0), others.items()):
-        other = net if compiled else plain(net)
-        table[f"λ = {lam:.0f}, {name}, whole batch, {layers}"] = Others(other, derive), lam, None
+        table[f"λ = {lam:.0f}, torch.{name}, whole batch"] = WholeBatch(net, derive), lam, None
     return table
 
 
@@ -143,8 +172,8 @@ def print_profile(name, work, device):
 
 def compare(network, batch, shares, rounds, device, compiled, amp, profile):
     torch.manual_seed(0)
-    net = meanflow.UNet(**NETWORKS[network]).to(device).train()
-    x0 = torch.randn(batch, *net.shape, device=device)
+    net, shape = build(network)
+    net, x0 = net.to(device).train(), torch.randn(batch, *shape, device=device)
     table = ways(net, shares, compiled, amp)
     works = {}
     for name, (objective, lam, _) in table.items():
@@ -163,10 +192,13 @@ def compare(network, batch, shares, rounds, device, compiled, amp, profile):
     base, base_memory = statistics.median(times["flow matching"]), memory["flow matching"]
     how = f"{'compiled' if compiled else 'eager'}, {'bf16' if amp else 'float32'}"
     print(f"\n**{network}**, batch {batch}, {how}, {rounds} rounds\n")
-    print("| | theory | measured | quartiles | memory | images/s |\n|---|---|---|---|---|---|")
+    print("| | by counting | measured | above it | quartiles | memory | images/s |")
+    print("|---|---|---|---|---|---|---|")
     for name, (*_, theory) in table.items():
         low, middle, high = (q / base for q in statistics.quantiles(times[name], n=4))
-        row = f"{theory:.2f}" if theory else "", f"{middle:.2f}", f"{low:.2f} to {high:.2f}"
+        row = (f"{theory:.2f}", f"{middle:.2f}", f"{middle / theory - 1:.0%}") if theory else (
+            "", f"{middle:.2f}", "")  # fmt: skip
+        row += (f"{low:.2f} to {high:.2f}",)
         row += f"{memory[name] / base_memory:.2f}", f"{batch / base / middle:.0f}"
         print("|", name, "|", " | ".join(row), "|", flush=True)
     for name in [*works][: 1 + 2 * len(shares)] if profile else ():
@@ -174,10 +206,11 @@ def compare(network, batch, shares, rounds, device, compiled, amp, profile):
 
 
 def sampling(network, device, sizes):
-    net = meanflow.UNet(**NETWORKS[network]).to(device)
+    net, shape = build(network)
+    net = net.to(device)
     print(f"\n**{network}**, one-step samples\n\n| batch | images/s |\n|---|---|")
     for size in sizes:
-        x1 = torch.randn(size, *net.shape, device=device)
+        x1 = torch.randn(size, *shape, device=device)
         work = lambda x1=x1: meanflow.sample(net, x1)
         work()
         fastest = min(seconds(work, device) for _ in range(3))
