@@ -57,27 +57,17 @@ def sample_times(n, *, jump_share=0.25, t_logit=(-0.4, 1.0), r_logit=None, devic
     """Draw n pairs of times 0 <= r <= t <= 1 and return (r, t), both (n,).
 
     n           number of pairs, at least 1
-    jump_share  share of pairs with r < t, in [0, 1]; they come first, the others have r = t
+    jump_share  share of the pairs that jump, r < t, in [0, 1]; they come first, the others have
+                r = t. Where n is too small for both kinds, it is the share on average
     t_logit     mean and standard deviation of the normal draws of logit(t)
     r_logit     the same for r, then clipped to t; None: r and t are two draws of t_logit, sorted
     Raises ValueError for values outside these ranges.
     """
     jumps = number_of_jumps(n, jump_share)
-    draws = []
-    for name, logit in ("t_logit", t_logit), ("r_logit", t_logit if r_logit is None else r_logit):
-        pair = isinstance(logit, (tuple, list)) and len(logit) == 2
-        if not (pair and all(map(math.isfinite, logit)) and logit[1] >= 0):
-            raise ValueError(f"{name} must be a mean and a deviation >= 0, got {logit!r}")
-        mean, std = logit
-        draws.append(torch.sigmoid(mean + std * torch.randn(n, device=device, dtype=dtype)))
-    t = torch.maximum(*draws) if r_logit is None else draws[0]
-    r = torch.minimum(*draws)
-    return torch.cat((r[:jumps], t[jumps:])), t
+    return draw_times(n, jumps, t_logit, r_logit, device=device, dtype=dtype)
 
 
 def number_of_jumps(n, jump_share):
-    """Return how many of n samples have r < t: round(jump_share * n), but where n is too small to
-    hold both kinds, the number is drawn, so that the share is right on average."""
     if not (isinstance(n, Integral) and n >= 1):
         raise ValueError(f"n must be a positive integer, got {n!r}")
     if not 0 <= jump_share <= 1:
@@ -86,6 +76,18 @@ def number_of_jumps(n, jump_share):
     if jumps in (0, n) and 0 < jump_share < 1:
         jumps = int(jump_share * n + torch.rand(()))  # on the CPU, which waits for no device
     return jumps
+
+
+def draw_times(n, jumps, t_logit, r_logit, **options):
+    draws = []
+    for name, logit in ("t_logit", t_logit), ("r_logit", t_logit if r_logit is None else r_logit):
+        pair = isinstance(logit, (tuple, list)) and len(logit) == 2
+        if not (pair and all(map(math.isfinite, logit)) and logit[1] >= 0):
+            raise ValueError(f"{name} must be a mean and a deviation >= 0, got {logit!r}")
+        mean, std = logit
+        draws.append(torch.sigmoid(mean + std * torch.randn(n, **options)))
+    r, t = torch.minimum(*draws), torch.maximum(*draws) if r_logit is None else draws[0]
+    return torch.cat((r[:jumps], t[jumps:])), t
 
 
 # Gradient modulation SG_λ and the curriculum of λ ------------------------------------------------
@@ -97,112 +99,47 @@ def sg_lambda(z, lam):
     z    tensor of any shape
     lam  λ in [0, 1], a number or a 0-dim tensor; the number 0 frees the graph behind z
     """
-    if not torch.is_tensor(lam):
-        if lam == 0:
-            return z.detach()
-        lam = float(lam)  # NumPy's numbers would take the multiplication over
-    return z.detach() + lam * (z - z.detach())  # the same, and exact in value
+    if not torch.is_tensor(lam) and lam == 0:
+        return z.detach()
+    return z.detach() + (z - z.detach()) * lam  # the same, and exact in value
 
 
-CURVES = {  # of the share s of the warm-up that is over
+LAMBDA_SCHEDULES = {  # of the share s of the warm-up that is over
     "constant": lambda s: 1.0,
     "linear": lambda s: s,
     "cosine": lambda s: (1 - math.cos(math.pi * s)) / 2,
     "falling": lambda s: 1 - s,
 }
-LAMBDA_SCHEDULES = tuple(CURVES)
 
 
 def lambda_schedule(name, *, warmup, maximum=1.0):
-    """Return the curriculum step -> λ, which changes until step `warmup` and is constant then.
+    """Return the curriculum step -> λ, which changes up to step `warmup` and is constant after it.
 
-    name     one of LAMBDA_SCHEDULES: "constant" is `maximum` throughout, "linear" the paper's
-             min(1, step / warmup) times it, "cosine" rises, too, "falling" goes from it to 0
-    warmup   number of steps, at least 0; with 0 every schedule stays at its end
+    name     one of LAMBDA_SCHEDULES: "constant" is `maximum` throughout, "linear" is the paper's
+             min(1, step / warmup) times it, "cosine" rises smoothly, "falling" ends at 0
+    warmup   number of steps, at least 0; with 0 the curriculum is at its end from the start
     maximum  the largest λ, in [0, 1]
     Raises ValueError for anything else.
     """
-    if name not in CURVES:
-        raise ValueError(f"name must be one of {', '.join(CURVES)}, got {name!r}")
+    if name not in LAMBDA_SCHEDULES:
+        raise ValueError(f"name must be one of {', '.join(LAMBDA_SCHEDULES)}, got {name!r}")
     if not warmup >= 0:
         raise ValueError(f"warmup must be at least 0, got {warmup!r}")
     if not 0 <= maximum <= 1:
         raise ValueError(f"maximum must be in [0, 1], got {maximum!r}")
-    return lambda step: maximum * CURVES[name](min(1.0, step / warmup) if warmup else 1.0)
+    curve = LAMBDA_SCHEDULES[name]
+    return lambda step: maximum * curve(min(1.0, step / warmup) if warmup else 1.0)
 
 
 # The MeanFlow identity v = u + (t - r) du/dt as a loss -------------------------------------------
 
 
-def total_derivative(model, x_t, r, t, v, y=None, *, gradients=True):
-    """Return u(x_t, r, t) and du/dt = ∂u/∂x · v + ∂u/∂t, both shaped like x_t (B, ...).
-
-    One forward-mode pass along (v, 0, 1), so dropout masks are shared by value and derivative.
-    gradients=False returns du/dt as a constant, for which the rules below keep no graph.
-    """
-    directions = v, torch.zeros_like(r), torch.ones_like(t)
-    net = lambda x, r, t: evaluate(model, x, r, t, y)
-    # attention in plain mathematics, since its fused kernels have no forward mode
-    with sdpa_kernel(SDPBackend.MATH), DerivativeRules(gradients):
-        u, dudt = torch.func.jvp(net, (x_t, r, t), directions)
-    return u, dudt if gradients else dudt.detach()
-
-
-def meanflow_loss(
-    model, x0, lam, y=None, *, x1=None, r=None, t=None, jump_share=0.25, t_logit=(-0.4, 1.0),
-    r_logit=None, tangent="conditional", guidance=1.0, p=0.75, c=1e-3,
-):  # fmt: skip
-    """Return the loss E[w ||e||²], e = u + (t - r) SG_λ[du/dt] - v, w = stopgrad(||e||² + c)^-p.
-
-    model     callable (x, r, t) or, where labels are given, (x, r, t, y) -> u, shaped like x; it
-              must treat samples one by one, which batch norm in training mode does not
-    x0, y     data (B, ...), its dtype and device those of x1, r and t, and labels (B, ...) or None
-    lam       λ in [0, 1], number or 0-dim tensor: 0 is MeanFlow's loss, 1 differentiates all of e
-    x1        noise, shaped like x0; if not given, drawn from N(0, I)
-    r, t      times (B,), 0 <= r <= t <= 1; if not given, drawn by `sample_times` with jump_share,
-              t_logit and r_logit: r < t for the first samples of the batch, so shuffle it
-    tangent   direction of du/dt: "conditional", the paper's v; "marginal", u(x_t, t, t), with
-              which, for p = 0, the true u is stationary for every λ, at one more forward pass
-              where r < t (in which dropout draws a mask of its own)
-    guidance  ω of `guided_velocity`, for labels (B,); 1 is none
-    p, c      power >= 0 and offset > 0 of the adaptive weight; p = 0 is the plain squared error,
-              others move its minimum from the mean towards the mode
-    Returns the scalar loss and, for a log, the detached mean of e² in each sample, (B,).
-    Raises ValueError that names the argument.
-    """
-    check_arguments(x0, y, lam, tangent, guidance, p, c)
-    x1 = torch.randn_like(x0) if x1 is None else like("x1", x1, x0)
-    times = {"jump_share": jump_share, "t_logit": t_logit, "r_logit": r_logit}
-    r, t, jump, rest = split_times(x0, r, t, **times)
-    x_t, v = path(x0, x1, t)
-    if guidance != 1:
-        v = guided_velocity(model, x_t, t, v, y, guidance)
-
-    # u of every sample, du/dt only where r < t: elsewhere t - r = 0 multiplies it
-    u = torch.empty_like(v, dtype=torch.promote_types(v.dtype, torch.float32))
-    dudt = torch.zeros_like(u)
-    if len(r[jump]):
-        labels = None if y is None else y[jump]
-        direction = v[jump]
-        if tangent == "marginal":
-            direction = velocity(model, x_t[jump], t[jump], labels)
-        keep = torch.is_tensor(lam) or lam != 0
-        u[jump], dudt[jump] = total_derivative(
-            model, x_t[jump], r[jump], t[jump], direction, labels, gradients=keep
-        )
-    if len(r[rest]):
-        labels = None if y is None else y[rest]
-        u[rest] = evaluate(model, x_t[rest], r[rest], t[rest], labels)
-
-    e = u + expand(t - r, u) * sg_lambda(dudt, lam) - v
-    square = e.flatten(1).square().sum(1)  # ||e||², (B,)
-    weight = 1 / (square.detach() + c) ** p
-    return (weight * square).mean(), square.detach() / e[0].numel()
-
-
 def evaluate(model, x, r, t, y=None):
-    """Return u = model(x, r, t), or model(x, r, t, y), in float32 at least: sums of squares soon
-    exceed what half precision can hold."""
+    """Return u = model(x, r, t), or model(x, r, t, y) where there are labels.
+
+    In float32 at least, whatever autocast makes of it: sums of squares soon exceed what half
+    precision can hold.
+    """
     inputs = [z.clone() for z in (x, r, t)]  # a network may work in place on what it is given
     u = model(*inputs) if y is None else model(*inputs, y)
     if not torch.is_tensor(u) or u.shape != x.shape:
@@ -219,28 +156,79 @@ def velocity(model, x_t, t, y=None):
 def guided_velocity(model, x_t, t, v, y, guidance):
     """Return ω v + (1 - ω) u(x_t, t, t) for samples with a label y >= 0, and v for those without.
 
-    u is that of model(x, r, t), without labels, which samples with y < 0 teach.
+    u is that of model(x, r, t), without labels, which is trained on the samples with y < 0.
     """
     guided = guidance * v + (1 - guidance) * velocity(model, x_t, t)
     return torch.where(expand(y >= 0, v), guided, v)
 
 
-def split_times(x0, r, t, *, jump_share, **logits):
-    """Return r and t, drawn if not given, and where r < t and r = t: slices or indices."""
+def total_derivative(model, x_t, r, t, v, y=None, *, gradients=True):
+    """Return u(x_t, r, t) and du/dt = ∂u/∂x · v + ∂u/∂t, both shaped like x_t (B, ...).
+
+    One forward-mode pass along (v, 0, 1), so dropout masks are shared by value and derivative.
+    gradients=False returns du/dt as a constant, for which the rules below keep no graph.
+    """
+    net = lambda x, r, t: evaluate(model, x, r, t, y)
+    directions = v, torch.zeros_like(r), torch.ones_like(t)
+    # attention by torch's math backend, as the fused kernels have no forward mode
+    with sdpa_kernel(SDPBackend.MATH), DerivativeRules(gradients):
+        u, dudt = torch.func.jvp(net, (x_t, r, t), directions)
+    return u, dudt if gradients else dudt.detach()
+
+
+def meanflow_loss(
+    model, x0, lam, y=None, *, x1=None, r=None, t=None, jump_share=0.25, t_logit=(-0.4, 1.0),
+    r_logit=None, tangent="conditional", guidance=1.0, p=0.75, c=1e-3,
+):  # fmt: skip
+    """Return the loss E[w ||e||²], e = u + (t - r) SG_λ[du/dt] - v, w = stopgrad(||e||² + c)^-p.
+
+    model     callable (x, r, t) or, where labels are given, (x, r, t, y) -> u, shaped like x; it
+              must treat samples one by one, which batch norm in training mode does not
+    x0, y     data (B, ...), whose dtype and device x1, r and t must have, too; labels (B, ...)
+    lam       λ in [0, 1], number or 0-dim tensor: 0 is MeanFlow's loss, 1 differentiates all of e
+    x1        noise, shaped like x0; if not given, drawn from N(0, I)
+    r, t      times (B,), 0 <= r <= t <= 1; if not given, drawn by `sample_times` with jump_share,
+              t_logit and r_logit: r < t for the first samples of the batch, so shuffle it
+    tangent   direction of du/dt: "conditional", the paper's v, or "marginal", u(x_t, t, t); with
+              the latter, for p = 0, the true u is stationary for every λ. It takes one more
+              forward pass where r < t, with a dropout mask of its own
+    guidance  ω of `guided_velocity`, for labels (B,); 1 is none
+    p, c      power >= 0 and offset > 0 of the adaptive weight; p = 0 is the plain squared error,
+              larger ones move what is learned from the mean towards the mode
+    Returns the scalar loss and, for a log, the detached mean of e² in each sample, (B,).
+    Raises ValueError that names the argument.
+    """
+    check_arguments(x0, y, lam, tangent, guidance, p, c)
+    x1 = torch.randn_like(x0) if x1 is None else alike("x1", x1, x0)
     if r is None and t is None:
-        jumps = number_of_jumps(len(x0), jump_share)
-        options = {"device": x0.device, "dtype": x0.dtype}
-        r, t = sample_times(len(x0), jump_share=jumps / len(x0), **logits, **options)
-        return r, t, slice(jumps), slice(jumps, None)
-    if r is None or t is None:
-        raise ValueError("r and t must be given together")
-    one_each = x0.flatten(1)[:, 0]
-    r, t = like("r", r, one_each), like("t", t, one_each)
-    wrong = ~((r >= 0) & (r <= t) & (t <= 1))
-    if wrong.any():
-        r, t = r[wrong][0].item(), t[wrong][0].item()
-        raise ValueError(f"need 0 <= r <= t <= 1, got a sample with r = {r}, t = {t}")
-    return r, t, (r < t).nonzero().flatten(), (r == t).nonzero().flatten()
+        jumps, logits = number_of_jumps(len(x0), jump_share), (t_logit, r_logit)
+        r, t = draw_times(len(x0), jumps, *logits, device=x0.device, dtype=x0.dtype)
+    else:
+        jumps = len(x0)
+        check_times(r, t, x0)
+
+    x_t, v = path(x0, x1, t)
+    if guidance != 1:
+        v = guided_velocity(model, x_t, t, v, y, guidance)
+
+    # u of all samples, du/dt of the jumps: of the others t - r = 0 would make nothing
+    u = torch.empty_like(v, dtype=torch.promote_types(v.dtype, torch.float32))
+    dudt = torch.zeros_like(u)
+    if jumps:
+        at, labels = (x_t[:jumps], r[:jumps], t[:jumps]), None if y is None else y[:jumps]
+        direction = v[:jumps]
+        if tangent == "marginal":
+            direction = velocity(model, x_t[:jumps], t[:jumps], labels)
+        keep = torch.is_tensor(lam) or lam != 0
+        u[:jumps], dudt[:jumps] = total_derivative(model, *at, direction, labels, gradients=keep)
+    if jumps < len(x0):
+        labels = None if y is None else y[jumps:]
+        u[jumps:] = evaluate(model, x_t[jumps:], r[jumps:], t[jumps:], labels)
+
+    e = u + expand(t - r, u) * sg_lambda(dudt, lam) - v
+    square = e.flatten(1).square().sum(1)  # ||e||², (B,)
+    weight = 1 / (square.detach() + c) ** p
+    return (weight * square).mean(), square.detach() / e[0].numel()
 
 
 def check_arguments(x0, y, lam, tangent, guidance, p, c):
@@ -258,22 +246,33 @@ def check_arguments(x0, y, lam, tangent, guidance, p, c):
         raise ValueError(f"p must be >= 0 and c > 0, got p={p!r}, c={c!r}")
 
 
+def check_times(r, t, x0):
+    if r is None or t is None:
+        raise ValueError("r and t must be given together")
+    one_each = x0.flatten(1)[:, 0]
+    r, t = alike("r", r, one_each), alike("t", t, one_each)
+    wrong = ~((r >= 0) & (r <= t) & (t <= 1))
+    if not torch.compiler.is_compiling() and wrong.any():
+        r, t = r[wrong][0].item(), t[wrong][0].item()
+        raise ValueError(f"need 0 <= r <= t <= 1, got a sample with r = {r}, t = {t}")
+
+
 def check_labels(y, x):
     if y is not None and not (torch.is_tensor(y) and y.shape[:1] == x.shape[:1]):
         raise ValueError(f"y must be a tensor with a label for each sample, got {describe(y)}")
 
 
-def is_free_to_read(z):
-    """Whether the value of z can be looked at without waiting for a device or breaking a graph."""
-    return not torch.is_tensor(z) or (z.device.type == "cpu" and not torch.compiler.is_compiling())
-
-
-def like(name, z, wanted):
-    """Return z, a tensor of the shape, dtype and device of `wanted`, or raise ValueError."""
+def alike(name, z, wanted):
+    """Return z if it has the shape, dtype and device of the tensor `wanted`."""
     properties = lambda z: (z.shape, z.dtype, z.device)
     if not torch.is_tensor(z) or properties(z) != properties(wanted):
         raise ValueError(f"{name} must be {describe(wanted)}, got {describe(z)}")
     return z
+
+
+def is_free_to_read(z):
+    """Whether the value of z can be looked at without waiting for a device or breaking a graph."""
+    return not torch.is_tensor(z) or (z.device.type == "cpu" and not torch.compiler.is_compiling())
 
 
 def describe(z):
@@ -286,7 +285,7 @@ def describe(z):
 class Objective(nn.Module):
     """`meanflow_loss` of a model as a module (x0, lam, y=None) -> (loss, err).
 
-    Wrap this in DistributedDataParallel or `compile`, not the model: the JVP is then on the inside.
+    Compile this or wrap it in DistributedDataParallel, not the model: so the JVP is on the inside.
     options  keyword arguments of `meanflow_loss`; those of a call take precedence
     """
 
@@ -306,7 +305,7 @@ def sample(model, x1, *, steps=1, y=None, times=None):
     """Return x0 (B, ...), generated from the noise x1 by jumps x_r = x_t - (t - r) u(x_t, r, t).
 
     model  as in `meanflow_loss`; a Module is evaluated in eval mode, its own mode is restored
-    x1     noise (B, ...) ~ N(0, I); device and dtype of all that follows
+    x1     noise (B, ...) ~ N(0, I), which sets device and dtype
     steps  number of jumps and network evaluations, at least 1, on an even grid from t = 1 to 0
     times  in the place of `steps`, the grid itself: decreasing numbers from 1 to 0
     y      labels (B, ...) for a model that takes them
@@ -351,8 +350,11 @@ def time_grid(steps, times):
 class DerivativeRules(TorchFunctionMode):
     """While active, answer calls of the functions in RULES with a forward-mode rule of our own.
 
-    It does not matter who calls them: torch's layers, another library or a network of yours. A
-    network without convolutions and norms needs none of this section.
+    Whoever makes them: torch's layers, another library or a network of yours, of which a mode sees
+    the outermost calls only. Two rules are needed for right gradients: PyTorch's own derivatives
+    of layer norm and instance norm take mean and deviation for constants once they are
+    differentiated again, as λ > 0 does. Those of group norm and batch norm do not compile, and
+    that of a product also multiplies by the weights' tangent, zero. All else is PyTorch's.
     gradients=False keeps no graph of the tangents that the rules make, as λ = 0 allows.
     """
 
@@ -371,25 +373,22 @@ class DerivativeRules(TorchFunctionMode):
             return y
         with nullcontext() if self.gradients else torch.no_grad():
             dy = rule(function, x, dx, *rest, **kwargs)
+        # a weight may depend on x or t and have a tangent, too; what comes of it is PyTorch's
         dy = forward_ad.unpack_dual(dy).primal.to(y.dtype)
-        y, more = forward_ad.unpack_dual(y)  # what a weight adds that depends on x or t itself
-        return forward_ad.make_dual(y, dy if more is None else dy + more)
+        y, dy_weight = forward_ad.unpack_dual(y)
+        return forward_ad.make_dual(y, dy if dy_weight is None else dy + dy_weight)
 
 
 def linear(function, x, dx, weight, bias=None, *args, **kwargs):
-    """y = W x + b, a product or a convolution:  dy = W dx. PyTorch by itself may take a second one,
-    of x with the tangent of W, which is zero."""
+    """y = W x + b, W a matrix or a kernel:  dy = W dx."""
     return function(dx, weight, None, *args, **kwargs)
 
 
 def normalized(x, dx, groups, eps):
     """n = (x - mean(x)) / std(x), mean and std over each of `groups` equal parts of x:
-    dn = (dx - mean(dx) - n mean(n dx)) / std(x).
-
-    PyTorch's own rules for layer norm and instance norm take mean and std for constants when dn is
-    differentiated again, which is wrong; its rule for group norm does not compile.
-    """
-    shape, x, dx = x.shape, x.reshape(groups, 1, -1), dx.reshape(groups, 1, -1)
+    dn = (dx - mean(dx) - n mean(n dx)) / std(x)."""
+    shape, wide = x.shape, torch.promote_types(x.dtype, torch.float32)
+    x, dx = x.to(wide).reshape(groups, 1, -1), dx.to(wide).reshape(groups, 1, -1)
     if torch.is_grad_enabled():
         mean = lambda z: z.mean(2, keepdim=True)
         x = x - mean(x)
@@ -404,12 +403,14 @@ def normalized(x, dx, groups, eps):
     return dn.view(shape)
 
 
-def layer_norm(function, x, dx, normalized_shape, weight=None, bias=None, eps=1e-5, _=True):
+def layer_norm(
+    function, x, dx, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True
+):
     dn = normalized(x, dx, x.numel() // math.prod(normalized_shape), eps)
     return dn if weight is None else dn * weight
 
 
-def group_norm(function, x, dx, num_groups, weight=None, bias=None, eps=1e-5, _=True):
+def group_norm(function, x, dx, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
     dn = normalized(x, dx, len(x) * num_groups, eps)
     return dn if weight is None else dn * expand(weight, x[0])
 
@@ -430,7 +431,9 @@ def instance_norm(
 ):  # fmt: skip
     if use_input_stats:
         return group_norm(function, x, dx, x.shape[1], weight, bias, eps)
-    return function(dx, 0 * running_mean, running_var, weight, None, False, momentum, eps)
+    return batch_norm(
+        function, x, dx, running_mean, running_var, weight, bias, False, momentum, eps
+    )
 
 
 RULES = {
@@ -476,6 +479,21 @@ class Embedding(nn.Module):
         return F.silu(self.mix(F.silu(self.time(waves) + self.label(1 + y.clamp(min=-1)))))
 
 
+class Attention(nn.Module):
+    """Self-attention over the pixels, one head."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = nn.GroupNorm(channels // 8, channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).flatten(2).mT[:, None].chunk(3, -1)  # (B, 1, H W, C)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(h[:, 0].mT.reshape(x.shape))
+
+
 class Block(nn.Module):
     """Residual block: norm, SiLU, convolution, twice, the second norm scaled and shifted by the
     embedding; then, if asked for, self-attention over all pixels."""
@@ -498,21 +516,6 @@ class Block(nn.Module):
         h = F.silu(self.norm2(h) * scale + shift)
         h = self.conv2(self.dropout(h))
         return self.attention(self.skip(x) + h)
-
-
-class Attention(nn.Module):
-    """Self-attention over the pixels, one head."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.norm = nn.GroupNorm(channels // 8, channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = zero_init(nn.Conv2d(channels, channels, 1))
-
-    def forward(self, x):
-        q, k, v = self.qkv(self.norm(x)).flatten(2).mT[:, None].chunk(3, -1)  # (B, 1, H W, C)
-        h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(h[:, 0].mT.reshape(x.shape))
 
 
 class Level(nn.Module):
@@ -599,7 +602,489 @@ class UNet(nn.Module):
             raise ValueError(f"y must be below {self.classes}, got {y.max()}")
 
 
-if __name__ == "__main__":  # python meanflow.py CHECKPOINT draws samples
-    import training
+# Training. If you have a loop of your own, cut the file here -------------------------------------
 
-    training.run(training.main)
+import argparse
+import os
+import signal
+import sys
+import time
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import distributed as dist
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+FORMAT = "meanflow 5"  # of checkpoints
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+CUDA = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+DEVICES = ["cuda", *CUDA, "cpu"] if CUDA else ["cpu"]
+CLIP = 20.0  # largest norm of the gradient
+LABEL_DROPOUT = 0.1  # share of labels that guidance takes away
+PATIENCE = 20  # steps in a row without a finite gradient
+MAY_CHANGE = {"data", "out", "device", "compile", "resume", "log_every", "save_every"}
+
+
+class UserError(ValueError):
+    """A mistake of the user's, which `run` shows in one line."""
+
+
+def train(model, images, labels, args, *, flip=False):
+    """Train the UNet `model`; write checkpoint.pt, log.csv and pictures into args.out.
+
+    images  uint8 (N, C, H, W)
+    labels  int64 (N,), or None for an unconditional model
+    args    settings, from `train_parser`
+    flip    mirror each image with probability 1/2
+    Under torchrun each process takes its part of the batch, and the first one writes. Returns the
+    model with the averaged weights, in eval mode. Raises UserError for what the user can mend, and
+    SystemExit after SIGINT or SIGTERM, once the checkpoint is written.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    args = completed(args, world)
+    check_data(model, images, labels, args)
+    device, out = torch.device(args.device), Path(args.out)
+    images, labels = images.to(device), None if labels is None else labels.to(device)
+    model.to(device).train()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, args.beta2), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    parts = {"model": model, "ema": average.module, "optimizer": optimizer, "scaler": scaler}
+
+    with sole_user(out, rank), noted_signals(world) as stop, process_group(device, world) as group:
+        state = resume(out, parts, args, rank)
+        average.n_averaged.fill_(state["step"])  # at 0 the first update copies the weights
+        group["objective"] = objective = prepared_objective(model, args, world)
+        recent, lost, mark = [], 0, time.perf_counter()
+        for step in range(state["step"] + 1, args.steps + 1):
+            torch.manual_seed(hash((args.seed, step - 1, rank)))  # leaves no state to resume
+            x0, y = draw_batch(images, labels, args.batch_size // world, flip, args.guidance)
+            lam, tangent = lambda_and_tangent(step - 1, args)
+            with torch.autocast(device.type, PRECISIONS[args.amp], enabled=args.amp != "off"):
+                loss, err = objective(x0, lam, y, tangent=tangent)
+            norm = update(loss, model, optimizer, scaler, learning_rate(step, args))
+            average.update_parameters(model)
+
+            jumps = round(args.jump_share * len(x0))
+            means = loss.detach(), err[jumps:].mean(), err[:jumps].mean(), norm
+            recent.append(torch.stack(means))  # on the device, which is not waited for
+            due = lambda every: step % every == 0 or step == args.steps or stop  # noqa: B023
+            if due(args.log_every) or due(args.save_every):
+                now = time.perf_counter()
+                state["step"], state["seconds"] = step, state["seconds"] + now - mark
+                lost = report(state, recent, lost, lam, (now - mark) / len(recent), args, rank)
+                recent, mark = [], now
+            if due(args.save_every) and rank == 0:
+                save_checkpoint(out, parts, args, state)
+                save_images(draw(average.module, 80, seed=args.seed), out / f"step-{step:06}.png")
+            if stop:
+                print(f"\nstopped after step {step}; the same command with --resume goes on")
+                raise SystemExit(128 + stop[0])
+        if rank == 0:
+            grids = [draw(average.module, 40, steps=n, seed=args.seed) for n in (1, 2, 4)]
+            save_images(torch.cat(grids), out / "samples.png")
+    return average.module.eval()
+
+
+def draw_batch(images, labels, n, flip, guidance):
+    """Return n random images x0 in [-1, 1] and their labels, a share of which guidance drops."""
+    i = torch.randint(len(images), (n,), device=images.device)
+    x0, y = images[i].float() / 127.5 - 1, None if labels is None else labels[i]
+    if flip:
+        x0 = torch.where(torch.rand_like(x0[:, :1, :1, :1]) < 0.5, x0.flip(3), x0)
+    if guidance != 1:
+        y = torch.where(torch.rand(n, device=y.device) < LABEL_DROPOUT, -1, y)
+    return x0, y
+
+
+def lambda_and_tangent(step, args):
+    """Return λ, a number or for the compiler a tensor, and the direction of du/dt."""
+    lam = 0.0
+    if args.lambda_schedule is not None:
+        curriculum = {"warmup": args.lambda_warmup, "maximum": args.lambda_max}
+        lam = lambda_schedule(args.lambda_schedule, **curriculum)(step)
+    modulated = lam > 0 or args.lambda_schedule in ("linear", "cosine")
+    tangent = args.tangent
+    if tangent == "mixed":  # λ > 0 along the conditional one costs variety, see the README
+        tangent = "marginal" if modulated else "conditional"
+    if args.compile and modulated:  # a number would be a constant of the graph
+        lam = torch.full((), lam, device=args.device)
+    return lam, tangent
+
+
+def learning_rate(step, args):
+    """Return the rate of a step, counted from 1: it rises in a 50th of all steps, and may decay."""
+    rise = min(1.0, step / max(1, args.steps // 50))
+    decay = (1 + math.cos(math.pi * (step - 1) / args.steps)) / 2 if args.lr_decay else 1.0
+    return args.lr * rise * decay
+
+
+def update(loss, model, optimizer, scaler, lr):
+    """Take a step of Adam and return the gradient's norm; where that is not finite, take none."""
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    optimizer.found_inf = (~norm.isfinite()).float()  # which makes fused Adam change nothing
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    scaler.update()
+    return norm
+
+
+def report(state, recent, lost, lam, pace, args, rank):
+    """Log the means of the recent steps, `pace` seconds each. Of the last steps, `lost` had no
+    finite gradient; return how many it is now, and raise UserError if they are too many."""
+    steps, step = torch.stack(recent), state["step"]
+    finite = steps[:, 3].isfinite()
+    for good in finite.tolist():
+        lost = 0 if good else lost + 1
+    loss, flow, jump, norm = steps[finite].mean(0).tolist()
+    row = {"step": step, "loss": loss, "err_flow": flow, "err_jump": jump, "lambda": float(lam)}
+    row |= {"grad_norm": norm, "skipped": len(recent) - int(finite.sum())}
+    row |= {"images_per_second": args.batch_size / pace, "seconds": state["seconds"]}
+    state["log"].append(row)
+    if rank == 0:
+        lines = [",".join(row), *(",".join(f"{z:.8g}" for z in r.values()) for r in state["log"])]
+        with replacing(Path(args.out, "log.csv")) as file:
+            file.write_text("\n".join([*lines, ""]), encoding="utf-8")
+        left = round((args.steps - step) * pace)
+        line = f"{step}/{args.steps}  err {flow:.4f} (r = t) {jump:.4f} (r < t)  lambda {lam:.2f}"
+        line += f"  {args.batch_size / pace:.0f} images/s  {left // 60}:{left % 60:02} left "
+        print(line, end="\033[K\r" if sys.stdout.isatty() and left else "\n", flush=True)
+    if lost >= PATIENCE:
+        raise UserError(f"no finite gradient in {lost} steps up to step {step}; "
+                        f"the checkpoint in {args.out} is good")  # fmt: skip
+    return lost
+
+
+def prepared_objective(model, args, world):
+    """Return the Objective of the model, compiled and distributed as the settings say."""
+    names = "jump_share", "t_logit", "r_logit", "guidance"
+    objective = Objective(model, **{name: getattr(args, name) for name in names})
+    if args.compile:
+        torch._dynamo.config.optimize_ddp = False  # it would split the graph within the JVP
+        objective.compile(dynamic=False)
+    return nn.parallel.DistributedDataParallel(objective) if world > 1 else objective
+
+
+@contextmanager
+def process_group(device, world):
+    """Join the processes that torchrun started, if it did. Yields a dict of what must end before
+    their group: the last to hold it must not be a DistributedDataParallel, or the end may hang."""
+    held = {}
+    if world > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield held
+    finally:
+        held.clear()
+        if world > 1:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def sole_user(out, rank):
+    """Lock the folder against another training; the lock ends with the process, however it ends."""
+    from filelock import FileLock, Timeout  # which torch itself requires
+
+    lock = nullcontext()
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / ".lock", timeout=0)
+    try:
+        with lock:
+            yield
+    except Timeout:
+        raise UserError(f"another training is at work in {out}") from None
+
+
+@contextmanager
+def noted_signals(world):
+    """Yield a list that SIGINT and SIGTERM are appended to when they come. Several processes could
+    not agree on the step to stop at: there a signal ends them, and the last checkpoint counts."""
+    noted, usual = [], {}
+    for number in (signal.SIGINT, signal.SIGTERM) if world == 1 else ():
+        usual[number] = signal.signal(number, lambda number, frame: noted.append(number))
+    try:
+        yield noted
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+# Checkpoints, data and pictures ------------------------------------------------------------------
+
+
+def save_checkpoint(out, parts, args, state):
+    model, file = parts["model"], out / "checkpoint.pt"
+    if not all(p.isfinite().all() for p in model.parameters()):
+        step = state["step"]
+        raise UserError(f"weights are not finite after step {step}; {file} is an earlier one")
+    content = {"format": FORMAT, "unet": model.config, "args": vars(args), **state}
+    content |= {name: part.state_dict() for name, part in parts.items()}
+    with replacing(file) as temporary:
+        torch.save(content, temporary)
+
+
+def resume(out, parts, args, rank):
+    """Return the state to start from: step, seconds and log; load that of `parts`, if there is one.
+
+    Raises UserError where this would overwrite a training, or go on with other settings.
+    """
+    state, file = {"step": 0, "seconds": 0.0, "log": []}, out / "checkpoint.pt"
+    if args.resume and file.exists():
+        checkpoint = load_checkpoint(file)
+        with reading(file):
+            was, now = checkpoint["args"] | checkpoint["unet"], vars(args) | parts["model"].config
+            for name in sorted(was.keys() - MAY_CHANGE - (set() if args.lr_decay else {"steps"})):
+                if was[name] != now.get(name):
+                    change = f"{name.replace('_', '-')} was {was[name]}, now it is {now.get(name)}"
+                    raise UserError(f"cannot go on from {file}: {change}")
+            for name, part in parts.items():
+                part.load_state_dict(checkpoint[name])
+            state = {name: type(value)(checkpoint[name]) for name, value in state.items()}
+    elif rank == 0:
+        for old in file, out / "log.csv":
+            if old.exists():
+                raise UserError(f"{old} exists: --resume its training, or name another --out")
+        save_checkpoint(out, parts, args, state)  # so that --resume works from the start
+    return state
+
+
+def load_checkpoint(file):
+    """Return the dict that `train` saved. Raises UserError for a missing or another file."""
+    with reading(file):
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        if checkpoint["format"] != FORMAT:
+            raise UserError(f"{file} was written by another version of meanflow.py")
+    return checkpoint
+
+
+def load_model(file):
+    """Return the UNet with the averaged weights that `train` saved, in eval mode."""
+    checkpoint = load_checkpoint(file)
+    with reading(file):
+        model = UNet(**checkpoint["unet"])
+        model.load_state_dict(checkpoint["ema"])
+    return model.eval()
+
+
+@contextmanager
+def reading(file):
+    """Name the file in whatever goes wrong while its content is taken for a checkpoint."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # other files and damaged ones can make torch.load raise anything
+        reason = getattr(error, "strerror", None) or "damaged, or another kind of file"
+        raise UserError(f"cannot read a checkpoint from {file}: {reason}") from error
+
+
+@contextmanager
+def replacing(file):
+    """Yield a temporary name, which replaces `file` in one move when all has gone well."""
+    temporary = Path(file).with_name(f".{Path(file).name}")
+    try:
+        yield temporary
+        os.replace(temporary, file)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        raise UserError(f"cannot write {file}: {reason}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_dataset(dataset, folder):
+    """Return torchvision's training set `dataset` in the folder, downloaded if it is not there."""
+    try:
+        return dataset(folder, download=True)
+    except Exception as error:  # as many kinds as there are faults of servers and of files
+        reason = [*str(error).strip().splitlines(), type(error).__name__][0]
+        missing = f"no complete {dataset.__name__} in {folder} and no download ({reason})"
+        raise UserError(f"{missing}: copy it there, or name its folder with --data") from error
+
+
+def check_data(model, images, labels, args):
+    uint8 = torch.is_tensor(images) and images.dtype == torch.uint8
+    if not (uint8 and images.shape[1:] == model.shape and len(images)):
+        raise UserError(f"images must be uint8 (N, *{model.shape}), got {describe(images)}")
+    if labels is None:
+        if model.classes or args.guidance != 1:
+            raise UserError("--guidance and a model with classes need labels: --class-cond")
+        return
+    if not torch.is_tensor(labels) or labels.dtype != torch.int64 or labels.ndim != 1:
+        raise UserError(f"labels must be int64 (N,), got {describe(labels)}")
+    if len(labels) != len(images):
+        raise UserError(f"there are {len(images)} images, but {len(labels)} labels")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= model.classes:
+        raise UserError(f"labels go from {low} to {high}, the model has {model.classes} classes")
+
+
+def draw(model, num, *, steps=1, seed=0, label=None):
+    """Return `num` images (num, C, H, W) of a UNet from fixed noise, its classes taken in turn or
+    all of one label."""
+    x1 = torch.randn(num, *model.shape, generator=torch.Generator().manual_seed(seed))
+    x1 = x1.to(next(model.parameters()).device)
+    y = None
+    if model.classes:
+        y = torch.arange(num, device=x1.device) % model.classes
+        y = y if label is None else torch.full_like(y, label)
+    batches = [slice(i, i + 500) for i in range(0, num, 500)]
+    labels = [None if y is None else y[i] for i in batches]
+    draws = [sample(model, x1[i], steps=steps, y=k) for i, k in zip(batches, labels, strict=True)]
+    return torch.cat(draws)
+
+
+def save_images(images, file):
+    """Write images (B, C, H, W) in [-1, 1] into one PNG, ten in a row."""
+    from torchvision.utils import save_image
+
+    with replacing(file) as temporary:
+        save_image(images, temporary, nrow=10, normalize=True, value_range=(-1, 1), format="png")
+
+
+# The command line --------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def __init__(self, description):
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the usage
+
+
+def run(main, argv=None):
+    """Call main(argv) for a script: a mistake of the user's ends it with one line and status 2."""
+    warnings.filterwarnings("ignore", ".*torch.jit.script", FutureWarning)  # torch's own affair
+    torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
+    try:
+        main(argv)
+    except (UserError, OSError) as error:
+        Parser(None).error(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def number(kind, low, high):
+    """Return the argparse type of numbers from low to high, which nan is not."""
+
+    def checked(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {text}")
+        return value
+
+    checked.__name__ = kind.__name__  # which argparse calls it if `kind` raises ValueError
+    return checked
+
+
+def folder(text):
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+COUNT, SEED = number(int, 1, 10**9), number(int, 0, 2**63 - 1)
+POSITIVE, SHARE, DECAY = number(float, 1e-12, 1e6), number(float, 0, 1), number(float, 0, 1 - 1e-9)
+
+
+def train_parser(description, **defaults):
+    """Return the command line of a training script, which may set defaults of its own."""
+    parser = Parser(description)
+    flag, switch = parser.add_argument, argparse.BooleanOptionalAction
+    normal = {"type": number(float, -100, 100), "nargs": 2, "metavar": ("MEAN", "STD")}
+    flag("--data", type=folder, default="data", help="folder of the data, downloaded if absent")
+    flag("--out", type=folder, default="runs", help="folder for checkpoint, log and pictures")
+    flag("--steps", type=COUNT, default=100_000, help="training steps")
+    flag("--batch-size", type=COUNT, default=64, help="images per step, over all processes")
+    flag("--lr", type=POSITIVE, default=1e-3, help="peak learning rate of Adam")
+    flag("--lr-decay", action=switch, default=False, help="let it fall to 0 along a cosine")
+    flag("--beta2", type=DECAY, default=0.999, help="decay of Adam's second moment")
+    flag("--ema", type=DECAY, default=0.999, help="decay of the averaged weights, per step")
+    flag("--lambda-schedule", choices=LAMBDA_SCHEDULES, help="curriculum; without it lambda is 0")
+    flag("--lambda-max", type=SHARE, help="largest lambda; without it 1; 0 for lambda = 0")
+    flag("--lambda-warmup", type=COUNT, help="steps of the change; without it a quarter of all")
+    tangents = "conditional", "marginal", "mixed"
+    flag("--tangent", choices=tangents, default="mixed", help="direction of du/dt; mixed: marginal "
+         "where lambda > 0, otherwise conditional")  # fmt: skip
+    flag("--jump-share", type=SHARE, default=0.25, help="share of samples with r < t")
+    flag("--t-logit", **normal, default=[-0.4, 1.0], help="normal draws of logit(t)")
+    flag("--r-logit", **normal, help="of logit(r), clipped to t; without it sorted draws of t")
+    flag("--class-cond", action=switch, default=False, help="condition on the labels")
+    flag("--guidance", type=number(float, 0, 100), default=1.0, help="guidance to learn; 1 is off")
+    flag("--seed", type=SEED, default=0, help="seed of all random numbers")
+    flag("--device", choices=DEVICES, default=DEVICES[0], help="device to train on")
+    flag("--amp", choices=PRECISIONS, help="network's precision; without it float32 on a CPU")
+    flag("--compile", action=switch, help="compile the loss; by default on a GPU only")
+    flag("--resume", action="store_true", help="go on from the checkpoint in --out, if any")
+    flag("--log-every", type=COUNT, default=20, help="steps per row of log.csv and progress line")
+    flag("--save-every", type=COUNT, default=500, help="steps between checkpoints with a picture")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def completed(args, world):
+    """Return the settings with those filled in that depend on others; refuse what cannot be."""
+    args = argparse.Namespace(**vars(args))
+    cuda = args.device.startswith("cuda")
+    if cuda and world > 1:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if args.amp is None:
+        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.amp = "bf16" if bf16 else "fp16" if cuda else "off"
+    if args.compile is None:
+        args.compile = cuda
+    if args.amp == "fp16" and not cuda:
+        raise UserError("--amp fp16 needs a GPU; --amp bf16 does not")
+    if args.batch_size % world:
+        raise UserError(f"--batch-size {args.batch_size} does not divide by {world} processes")
+    if args.lambda_schedule is None and (args.lambda_max, args.lambda_warmup) != (None, None):
+        raise UserError("--lambda-max and --lambda-warmup need a --lambda-schedule")
+    if args.lambda_schedule:
+        args.lambda_max = 1.0 if args.lambda_max is None else args.lambda_max
+        args.lambda_warmup = args.lambda_warmup or max(1, args.steps // 4)
+        if args.lambda_warmup > args.steps:
+            raise UserError(f"--lambda-warmup {args.lambda_warmup} is beyond --steps {args.steps}")
+    for flag, pair in ("--t-logit", args.t_logit), ("--r-logit", args.r_logit):
+        if pair is not None and pair[1] < 0:
+            raise UserError(f"{flag} {pair[0]} {pair[1]}: the standard deviation is below 0")
+    return args
+
+
+def main(argv=None):
+    """Draw samples from a checkpoint, into one PNG or into a folder with a PNG for each."""
+    parser = Parser(main.__doc__)
+    flag = parser.add_argument
+    flag("checkpoint", help="file that training wrote")
+    flag("--steps", type=COUNT, default=1, help="network evaluations per image")
+    flag("--num", type=COUNT, default=80, help="number of images")
+    flag("--label", type=number(int, 0, 10**9), help="class of all images; without it in turn")
+    flag("--out", type=folder, default="samples.png", help="a .png for a grid, or a new folder")
+    flag("--seed", type=SEED, default=0, help="seed of the noise")
+    flag("--device", choices=DEVICES, default=DEVICES[0], help="device to draw on")
+    args = parser.parse_args(argv)
+    out = Path(args.out)
+    grid = out.suffix.lower() == ".png"
+    if not grid and out.suffix and not out.is_dir():
+        raise UserError(f"--out {out} must end in .png, or be a folder")
+    if not grid and out.is_dir() and any(out.iterdir()):
+        raise UserError(f"--out {out} holds files, which would pass for samples")
+    model = load_model(args.checkpoint).to(args.device)
+    if args.label is not None and args.label >= model.classes:
+        raise UserError(f"--label {args.label}: the model has {model.classes} classes")
+    images = draw(model, args.num, steps=args.steps, seed=args.seed, label=args.label)
+    (out.parent if grid else out).mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate([images] if grid else images):
+        save_images(picture, out if grid else out / f"{i:06}.png")
+
+
+if __name__ == "__main__":  # python meanflow.py CHECKPOINT
+    run(main)

@@ -3,8 +3,7 @@
 import torch
 from torchvision.datasets import CIFAR10
 
-import training
-from meanflow import UNet
+from meanflow import UNet, load_dataset, run, train, train_parser
 
 RECIPE = {  # beside it, what the authors of MeanFlow published with their code for 8 GPUs;
     # besides, gradients are clipped at 20 here, and bf16 is the default (--amp off for float32)
@@ -16,11 +15,8 @@ RECIPE = {  # beside it, what the authors of MeanFlow published with their code 
     "jump_share": 0.75,
     "t_logit": [-0.6, 1.6],  # in arXiv:2505.13447 r and t are two sorted draws of -2, 2
     "r_logit": [-4.0, 1.6],
-    "p": 0.75,
-    "c": 1e-3,
     "log_every": 100,
-    "sample_every": 5_000,
-    "checkpoint_every": 5_000,
+    "save_every": 5_000,
 }
 NETWORK = {  # 51M parameters; published: 55M, attention at 16x16 only
     "width": 128,
@@ -41,27 +37,26 @@ TINY = {  # to try everything on a CPU
     "t_logit": [-0.4, 1.0],
     "r_logit": None,
     "log_every": 20,
-    "sample_every": 500,
-    "checkpoint_every": 500,
+    "save_every": 500,
 }
 TINY_NETWORK = {"width": 48, "multipliers": (1, 2), "patch": 2}
 
 
-def main():
-    parser = training.train_parser(__doc__, **RECIPE)
+def main(argv=None):
+    parser = train_parser(__doc__, **RECIPE)
     parser.add_argument("--preset", choices=["tiny"], help="a network and recipe for a CPU")
     network = NETWORK
-    if parser.parse_args().preset == "tiny":
+    if parser.parse_args(argv).preset == "tiny":
         parser.set_defaults(**TINY)
         network = TINY_NETWORK
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
-    cifar = training.load_dataset(CIFAR10, args.data)
+    cifar = load_dataset(CIFAR10, args.data)
     images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()  # uint8 (N, 3, 32, 32)
     labels = torch.tensor(cifar.targets) if args.class_cond else None
     model = UNet(channels=3, size=32, classes=10 if args.class_cond else 0, **network)
-    training.train(model, images, labels, args, flip=True)
+    train(model, images, labels, args, flip=True)
 
 
 if __name__ == "__main__":
-    training.run(main)
+    run(main)

@@ -3,8 +3,7 @@
 import torch
 from torchvision.datasets import MNIST
 
-import training
-from meanflow import UNet
+from meanflow import UNet, load_dataset, run, train, train_parser
 
 RECIPE = {
     "out": "runs/mnist",
@@ -27,14 +26,14 @@ NETWORK = {  # 0.5M parameters
 }
 
 
-def main():
-    args = training.train_parser(__doc__, **RECIPE).parse_args()
+def main(argv=None):
+    args = train_parser(__doc__, **RECIPE).parse_args(argv)
     torch.manual_seed(args.seed)
-    mnist = training.load_dataset(MNIST, args.data)
+    mnist = load_dataset(MNIST, args.data)
     labels = mnist.targets if args.class_cond else None
     model = UNet(channels=1, size=28, classes=10 if args.class_cond else 0, **NETWORK)
-    training.train(model, mnist.data[:, None], labels, args)
+    train(model, mnist.data[:, None], labels, args)
 
 
 if __name__ == "__main__":
-    training.run(main)
+    run(main)

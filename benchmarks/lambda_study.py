@@ -37,7 +37,6 @@ from quality import Quality
 
 import meanflow
 import train_mnist
-import training
 
 SCHEDULES = {  # λ as flags of the training scripts
     "0": "--lambda-max 0",
@@ -49,7 +48,7 @@ SCHEDULES = {  # λ as flags of the training scripts
     "1 to 0, falling": "--lambda-schedule falling",
 }
 RECIPE = {"device": "cpu", "ema": 0.99}
-RECIPE |= {"log_every": 10**6, "sample_every": 10**6, "checkpoint_every": 10**6}
+RECIPE |= {"log_every": 10**6, "save_every": 10**6}
 MEASURES = {  # of a table: the name among the results, the form of their mean and range
     "distance": ("distance", "{:.1f} ({:.1f} to {:.1f})"),
     "recall": ("recall", "{:.2f} ({:.2f} to {:.2f})"),
@@ -96,7 +95,7 @@ def train(job):
     result = run / "quality.json"
     if not result.exists():
         torch.set_num_threads(1)
-        parser = training.train_parser(None, **train_mnist.RECIPE | RECIPE | {"out": str(run)})
+        parser = meanflow.train_parser("", **train_mnist.RECIPE | RECIPE | {"out": str(run)})
         flags = f"{SCHEDULES[schedule]} --tangent {tangent} --seed {seed} --steps {steps} --resume"
         flags += f" --lambda-warmup {steps // 2}"
         args = parser.parse_args(flags.split())
@@ -106,9 +105,9 @@ def train(job):
         mnist = MNIST(data)
         start = time.process_time()
         with contextlib.redirect_stdout(open(os.devnull, "w")):
-            model = training.train(model, mnist.data[:, None], mnist.targets, args)
+            model = meanflow.train(model, mnist.data[:, None], mnist.targets, args)
         seconds = time.process_time() - start
-        images, labels = training.draw(model, 5000), torch.arange(5000) % 10
+        images, labels = meanflow.draw(model, 5000), torch.arange(5000) % 10
         measures = Quality(data, Path(out, "classifier.pt")).measure(images, labels)
         save_image(make_grid(images[:30] / 2 + 0.5, 10, 0), run / "grid.png")
         names = "cpu", "distance", "precision", "recall", "agreement"

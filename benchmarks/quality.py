@@ -21,7 +21,7 @@ from torchvision.datasets import MNIST
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import training
+import meanflow
 
 FEATURES = 128
 MEASURES = {"distance": "{:.1f}", "precision": "{:.2f}", "recall": "{:.2f}"}
@@ -61,7 +61,7 @@ class Quality:
     """The measure: a classifier and the test images' features. `cache` keeps the classifier."""
 
     def __init__(self, data, cache):
-        train, test = training.load_dataset(MNIST, data), MNIST(data, train=False)
+        train, test = meanflow.load_dataset(MNIST, data), MNIST(data, train=False)
         if not Path(cache).exists():
             trained = train_classifier(train.data, train.targets)
             Path(cache).parent.mkdir(parents=True, exist_ok=True)
@@ -117,17 +117,17 @@ def main():
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="of the sampler")
     parser.add_argument("--num", type=int, default=10_000, help="number of samples")
     args = parser.parse_args()
-    models = [training.load_model(file) for file in args.checkpoint]
+    models = [meanflow.load_model(file) for file in args.checkpoint]
     quality = Quality(args.data, args.cache)
     print(f"classifier: {quality.accuracy:.2%} of the test images\n")
     steps = " / ".join(map(str, args.steps))
     print(f"| {steps} steps |", " | ".join(MEASURES), "|\n|---|---|---|---|---|")
     for file, model in zip(args.checkpoint, models, strict=True):
         labels = torch.arange(args.num) % model.classes if model.classes else None
-        drawn = (training.draw(model, args.num, steps=steps) for steps in args.steps)
+        drawn = (meanflow.draw(model, args.num, steps=steps) for steps in args.steps)
         print_row(file, [quality.measure(images, labels) for images in drawn])
     print_row("training images", [quality.measure(quality.train, None)])
 
 
 if __name__ == "__main__":
-    training.run(main)
+    meanflow.run(main)
