@@ -652,17 +652,17 @@ def train(model, images, labels, args, *, flip=False):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     parts = {"model": model, "ema": average.module, "optimizer": optimizer, "scaler": scaler}
 
-    with sole_user(out, rank), noted_signals(world) as stop, process_group(device, world) as group:
+    with sole_user(out, rank), noted_signals(world) as stop, process_group(device, world) as run:
         state = resume(out, parts, args, rank)
         average.n_averaged.fill_(state["step"])  # at 0 the first update copies the weights
-        group["objective"] = objective = prepared_objective(model, args, world)
+        run.objective = prepared_objective(model, args, world)
         recent, lost, mark = [], 0, time.perf_counter()
         for step in range(state["step"] + 1, args.steps + 1):
             torch.manual_seed(hash((args.seed, step - 1, rank)))  # leaves no state to resume
             x0, y = draw_batch(images, labels, args.batch_size // world, flip, args.guidance)
             lam, tangent = lambda_and_tangent(step - 1, args)
             with torch.autocast(device.type, PRECISIONS[args.amp], enabled=args.amp != "off"):
-                loss, err = objective(x0, lam, y, tangent=tangent)
+                loss, err = run.objective(x0, lam, y, tangent=tangent)
             norm = update(loss, model, optimizer, scaler, learning_rate(step, args))
             average.update_parameters(model)
 
@@ -771,18 +771,19 @@ def prepared_objective(model, args, world):
 
 @contextmanager
 def process_group(device, world):
-    """Join the processes that torchrun started, if it did. Yields a dict of what must end before
-    their group: the last to hold it must not be a DistributedDataParallel, or the end may hang."""
-    held = {}
-    if world > 1:
+    """Join the processes that torchrun started, if nobody has. Yields a place for the objective,
+    which must go before their group: held last by DistributedDataParallel, its end may hang."""
+    run = argparse.Namespace(objective=None)
+    joins = world > 1 and not dist.is_initialized()
+    if joins:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield held
+        yield run
     finally:
-        held.clear()
-        if world > 1:
+        del run.objective
+        if joins:
             dist.destroy_process_group()
 
 

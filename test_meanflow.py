@@ -550,7 +550,7 @@ class Everything(nn.Module):
         label = self.label(torch.zeros_like(r).long() if y is None else 1 + y)[:, None]
         h = self.layer(h + label + expand(t - r, h))
         h = F.scaled_dot_product_attention(h, h, h)
-        return x * expand(t, x) + self.last(h).mT.unflatten(2, x.shape[2:])
+        return x * expand(t, x) + self.last(h).mT.reshape(x.shape)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
@@ -1122,7 +1122,6 @@ def worker(folder):
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.distributed.init_process_group("gloo")
     grads = [joined_gradient(rank, world, *case) for case in CASES]
-    torch.distributed.destroy_process_group()
     images, nets = torch.randint(0, 256, (20, 1, 4, 4), dtype=torch.uint8), []
     nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="aot_eager")
     for out, more in (folder / "eager", []), (folder / "compiled", ["--compile"]):
@@ -1133,6 +1132,7 @@ def worker(folder):
         meanflow.train(net, images, None, args)
         nets.append(net.state_dict())
     torch.save((grads, nets), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_make_one_training(tmp_path):
@@ -1151,6 +1151,16 @@ def test_two_processes_make_one_training(tmp_path):
     assert checkpoint["step"] == 2
     assert_close({**checkpoint["model"]}, {**eager}, rtol=0, atol=0)
     assert [row["step"] for row in log(tmp_path / "eager")] == ["1", "2"]
+
+
+def test_torchrun_trains(trained, tmp_path):
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+    flags = "--steps", "2", "--batch-size", "8", "--data", trained / "data", "--out", tmp_path
+    command = [sys.executable, *torchrun, ROOT / "train_mnist.py", *flags]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("2/2") == 1  # one process reports
+    assert meanflow.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 2
 
 
 STEPS = shlex.split("--steps 14 --log-every 3 --save-every 5 --lambda-schedule linear")
