@@ -70,9 +70,9 @@ def sample_times(n, *, jump_share=0.25, t_logit=(-0.4, 1.0), r_logit=None, devic
 def number_of_jumps(n, jump_share):
     if not (isinstance(n, Integral) and n >= 1):
         raise ValueError(f"n must be a positive integer, got {n!r}")
-    if not 0 <= jump_share <= 1:
-        raise ValueError(f"jump_share must be in [0, 1], got {jump_share!r}")
-    jumps = round(jump_share * n)
+    if not is_number(jump_share, 0, 1):
+        raise ValueError(f"jump_share must be in [0, 1], got {describe(jump_share)}")
+    jumps = round(jump_share * int(n))
     if jumps in (0, n) and 0 < jump_share < 1:
         jumps = int(jump_share * n + torch.rand(()))  # on the CPU, which waits for no device
     return jumps
@@ -82,7 +82,7 @@ def draw_times(n, jumps, t_logit, r_logit, **options):
     draws = []
     for name, logit in ("t_logit", t_logit), ("r_logit", t_logit if r_logit is None else r_logit):
         pair = isinstance(logit, (tuple, list)) and len(logit) == 2
-        if not (pair and all(map(math.isfinite, logit)) and logit[1] >= 0):
+        if not (pair and is_number(logit[0]) and is_number(logit[1], 0)):
             raise ValueError(f"{name} must be a mean and a deviation >= 0, got {logit!r}")
         mean, std = logit
         draws.append(torch.sigmoid(mean + std * torch.randn(n, **options)))
@@ -123,9 +123,9 @@ def lambda_schedule(name, *, warmup, maximum=1.0):
     """
     if name not in LAMBDA_SCHEDULES:
         raise ValueError(f"name must be one of {', '.join(LAMBDA_SCHEDULES)}, got {name!r}")
-    if not warmup >= 0:
+    if not is_number(warmup, 0):
         raise ValueError(f"warmup must be at least 0, got {warmup!r}")
-    if not 0 <= maximum <= 1:
+    if not is_number(maximum, 0, 1):
         raise ValueError(f"maximum must be in [0, 1], got {maximum!r}")
     curve = LAMBDA_SCHEDULES[name]
     return lambda step: maximum * curve(min(1.0, step / warmup) if warmup else 1.0)
@@ -140,8 +140,8 @@ def evaluate(model, x, r, t, y=None):
     In float32 at least, whatever autocast makes of it: sums of squares soon exceed what half
     precision can hold.
     """
-    inputs = [z.clone() for z in (x, r, t)]  # a network may work in place on what it is given
-    u = model(*inputs) if y is None else model(*inputs, y)
+    inputs = (x, r, t) if y is None else (x, r, t, y)
+    u = model(*(z.clone() for z in inputs))  # it may work in place on what it is given
     if not torch.is_tensor(u) or u.shape != x.shape:
         raise ValueError(f"model must return a tensor {tuple(x.shape)}, got {describe(u)}")
     return u.to(torch.promote_types(x.dtype, torch.float32))
@@ -168,6 +168,9 @@ def total_derivative(model, x_t, r, t, v, y=None, *, gradients=True):
     One forward-mode pass along (v, 0, 1), so dropout masks are shared by value and derivative.
     gradients=False returns du/dt as a constant, for which the rules below keep no graph.
     """
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        # in which du/dt would be 0 on torch 2.11
+        raise RuntimeError("a derivative needs torch.no_grad(), not torch.inference_mode()")
     net = lambda x, r, t: evaluate(model, x, r, t, y)
     directions = v, torch.zeros_like(r), torch.ones_like(t)
     # attention by torch's math backend, as the fused kernels have no forward mode
@@ -232,18 +235,21 @@ def meanflow_loss(
 
 
 def check_arguments(x0, y, lam, tangent, guidance, p, c):
-    if not (torch.is_tensor(x0) and x0.is_floating_point() and x0.ndim > 1 and len(x0)):
+    if not (torch.is_tensor(x0) and x0.is_floating_point() and x0.ndim > 1 and x0.numel()):
         raise ValueError(f"x0 must be a float tensor (B, ...), got {describe(x0)}")
     check_labels(y, x0)
-    if guidance != 1 and (y is None or y.ndim != 1):
-        raise ValueError(f"guidance {guidance!r} needs labels y of shape (B,)")
-    number = lam.ndim == 0 if torch.is_tensor(lam) else isinstance(lam, Real)
-    if not number or (is_free_to_read(lam) and not 0 <= lam <= 1):
+    if not is_number(guidance) or (guidance != 1 and (y is None or y.ndim != 1)):
+        raise ValueError(f"guidance {describe(guidance)} needs labels y of shape (B,)")
+    if torch.is_tensor(lam):
+        right = lam.ndim == 0 and (not is_free_to_read(lam) or 0 <= lam <= 1)
+    else:
+        right = is_number(lam, 0, 1)
+    if not right:
         raise ValueError(f"lam must be a number in [0, 1], got {describe(lam)}")
     if tangent not in ("conditional", "marginal"):
         raise ValueError(f"tangent must be 'conditional' or 'marginal', got {tangent!r}")
-    if not (p >= 0 and c > 0):
-        raise ValueError(f"p must be >= 0 and c > 0, got p={p!r}, c={c!r}")
+    if not (is_number(p, 0) and is_number(c, 0) and c > 0):
+        raise ValueError(f"p must be >= 0 and c > 0, got p={describe(p)}, c={describe(c)}")
 
 
 def check_times(r, t, x0):
@@ -270,9 +276,14 @@ def alike(name, z, wanted):
     return z
 
 
+def is_number(z, low=-math.inf, high=math.inf):
+    """Whether z is a finite number from low to high, both included."""
+    return isinstance(z, Real) and low <= z <= high and abs(z) < math.inf
+
+
 def is_free_to_read(z):
-    """Whether the value of z can be looked at without waiting for a device or breaking a graph."""
-    return not torch.is_tensor(z) or (z.device.type == "cpu" and not torch.compiler.is_compiling())
+    """Whether the tensor's value can be seen without waiting for a device or breaking a graph."""
+    return z.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def describe(z):
@@ -285,7 +296,8 @@ def describe(z):
 class Objective(nn.Module):
     """`meanflow_loss` of a model as a module (x0, lam, y=None) -> (loss, err).
 
-    Compile this or wrap it in DistributedDataParallel, not the model: so the JVP is on the inside.
+    Compile this, with dynamic=False, or wrap it in DistributedDataParallel, not the model: so the
+    JVP is on the inside.
     options  keyword arguments of `meanflow_loss`; those of a call take precedence
     """
 
@@ -304,7 +316,8 @@ class Objective(nn.Module):
 def sample(model, x1, *, steps=1, y=None, times=None):
     """Return x0 (B, ...), generated from the noise x1 by jumps x_r = x_t - (t - r) u(x_t, r, t).
 
-    model  as in `meanflow_loss`; a Module is evaluated in eval mode, its own mode is restored
+    model  as in `meanflow_loss`; a Module is evaluated in eval mode and gets its mode back, of any
+           other callable the mode is yours to set
     x1     noise (B, ...) ~ N(0, I), which sets device and dtype
     steps  number of jumps and network evaluations, at least 1, on an even grid from t = 1 to 0
     times  in the place of `steps`, the grid itself: decreasing numbers from 1 to 0
@@ -337,11 +350,12 @@ def time_grid(steps, times):
         return torch.linspace(1, 0, int(steps) + 1, dtype=torch.float64).tolist()
     if steps != 1:
         raise ValueError(f"steps {steps!r} and times exclude each other")
-    grid = [float(t) for t in times]
-    decreasing = all(t > r for t, r in pairwise(grid))
-    if not (decreasing and grid[:1] == [1] and grid[-1:] == [0]):
-        raise ValueError(f"times must decrease from 1 to 0, got {grid}")
-    return grid
+    grid = times.tolist() if hasattr(times, "tolist") else times  # of a tensor or an array
+    numbers = isinstance(grid, (list, tuple)) and len(grid) > 1 and all(map(is_number, grid))
+    decreasing = numbers and all(t > r for t, r in pairwise(grid))
+    if not (decreasing and grid[0] == 1 and grid[-1] == 0):
+        raise ValueError(f"times must be numbers that decrease from 1 to 0, got {times!r}")
+    return [float(t) for t in grid]
 
 
 # Derivative rules: what PyTorch's forward mode gets wrong, lacks or does slowly ------------------
@@ -372,57 +386,76 @@ class DerivativeRules(TorchFunctionMode):
         if dx is None:
             return y
         with nullcontext() if self.gradients else torch.no_grad():
-            dy = rule(function, x, dx, *rest, **kwargs)
-        # a weight may depend on x or t and have a tangent, too; what comes of it is PyTorch's
-        dy = forward_ad.unpack_dual(dy).primal.to(y.dtype)
-        y, dy_weight = forward_ad.unpack_dual(y)
-        return forward_ad.make_dual(y, dy if dy_weight is None else dy + dy_weight)
+            dy = rule(function, x, dx, *rest, **kwargs).to(y.dtype)
+        return forward_ad.make_dual(forward_ad.unpack_dual(y).primal, dy)
+
+
+def unpacked(parameter):
+    """Return a weight or bias and its tangent, which it has if it depends on x or t; or Nones."""
+    return (None, None) if parameter is None else forward_ad.unpack_dual(parameter)
 
 
 def linear(function, x, dx, weight, bias=None, *args, **kwargs):
-    """y = W x + b, W a matrix or a kernel:  dy = W dx."""
-    return function(dx, weight, None, *args, **kwargs)
+    """y = W x + b, W a matrix or a kernel:  dy = W dx + dW x + db."""
+    (weight, dweight), (_, dbias) = unpacked(weight), unpacked(bias)
+    dy = function(dx, weight, None, *args, **kwargs)
+    if dweight is not None or dbias is not None:
+        dweight = torch.zeros_like(weight) if dweight is None else dweight
+        dy = dy + function(x, dweight, dbias, *args, **kwargs)
+    return dy
 
 
 def normalized(x, dx, groups, eps):
     """n = (x - mean(x)) / std(x), mean and std over each of `groups` equal parts of x:
-    dn = (dx - mean(dx) - n mean(n dx)) / std(x)."""
+    dn = (dx - mean(dx) - n mean(n dx)) / std(x). Returns n and dn."""
     shape, wide = x.shape, torch.promote_types(x.dtype, torch.float32)
-    x, dx = x.to(wide).reshape(groups, 1, -1), dx.to(wide).reshape(groups, 1, -1)
+    x, dx = x.to(wide).contiguous(), dx.to(wide).contiguous()
     if torch.is_grad_enabled():
-        mean = lambda z: z.mean(2, keepdim=True)
+        mean = lambda z: z.mean(1, keepdim=True)
+        x, dx = x.view(groups, -1), dx.view(groups, -1)
         x = x - mean(x)
         rstd = (mean(x * x) + eps).rsqrt()
         n = x * rstd
         dn = (dx - mean(dx) - n * mean(n * dx)) * rstd
+        n, dn = n.view(shape), dn.view(shape)
     else:  # the Jacobian of n is symmetric, so the kernel of the backward pass serves, the fastest
-        sizes = groups, 1, x.shape[2], 1
-        _, mean, rstd = torch.native_group_norm(x, None, None, *sizes, eps)
+        sizes = groups, 1, x.numel() // groups, 1
+        n, mean, rstd = torch.native_group_norm(x, None, None, *sizes, eps)
         backward = torch.ops.aten.native_group_norm_backward
         dn, _, _ = backward(dx, x, mean, rstd, None, *sizes, [True, False, False])
-    return dn.view(shape)
+    return n, dn
+
+
+def scaled(n, dn, weight, bias, like):
+    """y = w n + b:  dy = w dn + dw n + db, with w and b in the shape that `like` gives them."""
+    (weight, dweight), (_, dbias) = unpacked(weight), unpacked(bias)
+    dy = dn if weight is None else like(weight) * dn
+    dy = dy if dweight is None else dy + like(dweight) * n
+    return dy if dbias is None else dy + like(dbias)
 
 
 def layer_norm(
     function, x, dx, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True
 ):
-    dn = normalized(x, dx, x.numel() // math.prod(normalized_shape), eps)
-    return dn if weight is None else dn * weight
+    n, dn = normalized(x, dx, x.numel() // math.prod(normalized_shape), eps)
+    return scaled(n, dn, weight, bias, like=lambda w: w)
 
 
 def group_norm(function, x, dx, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
-    dn = normalized(x, dx, len(x) * num_groups, eps)
-    return dn if weight is None else dn * expand(weight, x[0])
+    n, dn = normalized(x, dx, len(x) * num_groups, eps)
+    return scaled(n, dn, weight, bias, like=lambda w: expand(w, x[0]))
 
 
 def batch_norm(
     function, x, dx, running_mean, running_var, weight=None, bias=None, training=False,
     momentum=0.1, eps=1e-5,
 ):  # fmt: skip
-    """y = w (x - running mean) / running std + b, which is linear in x."""
+    """As above, but with fixed statistics: dn = dx / std."""
     if training:
         raise ValueError("model must treat samples one by one; batch norm mixes them in training")
-    return function(dx, 0 * running_mean, running_var, weight, None, False, momentum, eps)
+    like = lambda w: expand(w, x[0])
+    rstd = like((running_var + eps).rsqrt())
+    return scaled((x - like(running_mean)) * rstd, dx * rstd, weight, bias, like)
 
 
 def instance_norm(
@@ -446,6 +479,9 @@ RULES = {
     F.group_norm: group_norm,
     torch.group_norm: group_norm,
     F.instance_norm: instance_norm,
+    torch.instance_norm: lambda function, x, dx, weight, bias, mean, var, *rest: instance_norm(
+        function, x, dx, mean, var, weight, bias, *rest[:3]
+    ),
     F.batch_norm: batch_norm,
 }
 
@@ -570,6 +606,8 @@ class UNet(nn.Module):
         self.config = config  # what a checkpoint needs to build the network again
         self.shape, self.patch, self.classes = (channels, size, size), patch, classes
         widths = [width * multiplier for multiplier in multipliers]
+        if min((channels, size, patch, blocks, *widths), default=0) < 1 or not widths:
+            raise ValueError(f"sizes must be positive, got {config}")
         unit = patch * 2 ** (len(widths) - 1)
         if size % unit:
             raise ValueError(f"size must be a multiple of {unit}, got {size!r}")
