@@ -234,65 +234,6 @@ def meanflow_loss(
     return (weight * square).mean(), square.detach() / e[0].numel()
 
 
-def check_arguments(x0, y, lam, tangent, guidance, p, c):
-    if not (torch.is_tensor(x0) and x0.is_floating_point() and x0.ndim > 1 and x0.numel()):
-        raise ValueError(f"x0 must be a float tensor (B, ...), got {describe(x0)}")
-    check_labels(y, x0)
-    if not is_number(guidance) or (guidance != 1 and (y is None or y.ndim != 1)):
-        raise ValueError(f"guidance {describe(guidance)} needs labels y of shape (B,)")
-    if torch.is_tensor(lam):
-        right = lam.ndim == 0 and (not is_free_to_read(lam) or 0 <= lam <= 1)
-    else:
-        right = is_number(lam, 0, 1)
-    if not right:
-        raise ValueError(f"lam must be a number in [0, 1], got {describe(lam)}")
-    if tangent not in ("conditional", "marginal"):
-        raise ValueError(f"tangent must be 'conditional' or 'marginal', got {tangent!r}")
-    if not (is_number(p, 0) and is_number(c, 0) and c > 0):
-        raise ValueError(f"p must be >= 0 and c > 0, got p={describe(p)}, c={describe(c)}")
-
-
-def check_times(r, t, x0):
-    if r is None or t is None:
-        raise ValueError("r and t must be given together")
-    one_each = x0.flatten(1)[:, 0]
-    r, t = alike("r", r, one_each), alike("t", t, one_each)
-    wrong = ~((r >= 0) & (r <= t) & (t <= 1))
-    if not torch.compiler.is_compiling() and wrong.any():
-        r, t = r[wrong][0].item(), t[wrong][0].item()
-        raise ValueError(f"need 0 <= r <= t <= 1, got a sample with r = {r}, t = {t}")
-
-
-def check_labels(y, x):
-    if y is not None and not (torch.is_tensor(y) and y.shape[:1] == x.shape[:1]):
-        raise ValueError(f"y must be a tensor with a label for each sample, got {describe(y)}")
-
-
-def alike(name, z, wanted):
-    """Return z if it has the shape, dtype and device of the tensor `wanted`."""
-    properties = lambda z: (z.shape, z.dtype, z.device)
-    if not torch.is_tensor(z) or properties(z) != properties(wanted):
-        raise ValueError(f"{name} must be {describe(wanted)}, got {describe(z)}")
-    return z
-
-
-def is_number(z, low=-math.inf, high=math.inf):
-    """Whether z is a finite number from low to high, both included."""
-    return isinstance(z, Real) and low <= z <= high and abs(z) < math.inf
-
-
-def is_free_to_read(z):
-    """Whether the tensor's value can be seen without waiting for a device or breaking a graph."""
-    return z.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def describe(z):
-    """Return what an error says of z: dtype, shape and device, a number or string, or its type."""
-    if torch.is_tensor(z) and z.ndim:
-        return f"{z.dtype} {tuple(z.shape)} on {z.device}"
-    return repr(z) if torch.is_tensor(z) or isinstance(z, Real | str) else type(z).__name__
-
-
 class Objective(nn.Module):
     """`meanflow_loss` of a model as a module (x0, lam, y=None) -> (loss, err).
 
@@ -638,6 +579,68 @@ class UNet(nn.Module):
             raise ValueError(f"y must be {wanted}, got {describe(y)}")
         if is_free_to_read(y) and y.max() >= self.classes:
             raise ValueError(f"y must be below {self.classes}, got {y.max()}")
+
+
+# Arguments: what is refused, and in which words -------------------------------------------------
+
+
+def check_arguments(x0, y, lam, tangent, guidance, p, c):
+    if not (torch.is_tensor(x0) and x0.is_floating_point() and x0.ndim > 1 and x0.numel()):
+        raise ValueError(f"x0 must be a float tensor (B, ...), got {describe(x0)}")
+    check_labels(y, x0)
+    if not is_number(guidance) or (guidance != 1 and (y is None or y.ndim != 1)):
+        raise ValueError(f"guidance {describe(guidance)} needs labels y of shape (B,)")
+    if torch.is_tensor(lam):
+        right = lam.ndim == 0 and (not is_free_to_read(lam) or 0 <= lam <= 1)
+    else:
+        right = is_number(lam, 0, 1)
+    if not right:
+        raise ValueError(f"lam must be a number in [0, 1], got {describe(lam)}")
+    if tangent not in ("conditional", "marginal"):
+        raise ValueError(f"tangent must be 'conditional' or 'marginal', got {tangent!r}")
+    if not (is_number(p, 0) and is_number(c, 0) and c > 0):
+        raise ValueError(f"p must be >= 0 and c > 0, got p={describe(p)}, c={describe(c)}")
+
+
+def check_times(r, t, x0):
+    if r is None or t is None:
+        raise ValueError("r and t must be given together")
+    one_each = x0.flatten(1)[:, 0]
+    r, t = alike("r", r, one_each), alike("t", t, one_each)
+    wrong = ~((r >= 0) & (r <= t) & (t <= 1))
+    if not torch.compiler.is_compiling() and wrong.any():
+        r, t = r[wrong][0].item(), t[wrong][0].item()
+        raise ValueError(f"need 0 <= r <= t <= 1, got a sample with r = {r}, t = {t}")
+
+
+def check_labels(y, x):
+    if y is not None and not (torch.is_tensor(y) and y.shape[:1] == x.shape[:1]):
+        raise ValueError(f"y must be a tensor with a label for each sample, got {describe(y)}")
+
+
+def alike(name, z, wanted):
+    """Return z if it has the shape, dtype and device of the tensor `wanted`."""
+    properties = lambda z: (z.shape, z.dtype, z.device)
+    if not torch.is_tensor(z) or properties(z) != properties(wanted):
+        raise ValueError(f"{name} must be {describe(wanted)}, got {describe(z)}")
+    return z
+
+
+def is_number(z, low=-math.inf, high=math.inf):
+    """Whether z is a finite number from low to high, both included."""
+    return isinstance(z, Real) and low <= z <= high and abs(z) < math.inf
+
+
+def is_free_to_read(z):
+    """Whether the tensor's value can be seen without waiting for a device or breaking a graph."""
+    return z.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def describe(z):
+    """Return what an error says of z: dtype, shape and device, a number or string, or its type."""
+    if torch.is_tensor(z) and z.ndim:
+        return f"{z.dtype} {tuple(z.shape)} on {z.device}"
+    return repr(z) if torch.is_tensor(z) or isinstance(z, Real | str) else type(z).__name__
 
 
 # Training. If you have a loop of your own, cut the file here -------------------------------------
