@@ -646,6 +646,7 @@ def describe(z):
 # Training. If you have a loop of your own, cut the file here -------------------------------------
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -682,7 +683,8 @@ def train(model, images, labels, args, *, flip=False):
     model with the averaged weights, in eval mode. Raises UserError for what the user can mend, and
     SystemExit after SIGINT or SIGTERM, once the checkpoint is written.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    torchrun = "LOCAL_RANK" in os.environ
+    rank, world = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE")) if torchrun else (0, 1)
     args = completed(args, world)
     check_data(model, images, labels, args)
     device, out = torch.device(args.device), Path(args.out)
@@ -693,35 +695,38 @@ def train(model, images, labels, args, *, flip=False):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     parts = {"model": model, "ema": average.module, "optimizer": optimizer, "scaler": scaler}
 
-    with sole_user(out, rank), noted_signals(world) as stop, process_group(device, world) as run:
+    with sole_user(out, rank), noted_signals(world) as stop, process_group(device, world) as group:
         state = resume(out, parts, args, rank)
         average.n_averaged.fill_(state["step"])  # at 0 the first update copies the weights
-        run.objective = prepared_objective(model, args, world)
+        group.objective = prepared_objective(model, args, world)
         recent, lost, mark = [], 0, time.perf_counter()
         for step in range(state["step"] + 1, args.steps + 1):
             torch.manual_seed(hash((args.seed, step - 1, rank)))  # leaves no state to resume
             x0, y = draw_batch(images, labels, args.batch_size // world, flip, args.guidance)
             lam, tangent = lambda_and_tangent(step - 1, args)
             with torch.autocast(device.type, PRECISIONS[args.amp], enabled=args.amp != "off"):
-                loss, err = run.objective(x0, lam, y, tangent=tangent)
+                loss, err = group.objective(x0, lam, y, tangent=tangent)
             norm = update(loss, model, optimizer, scaler, learning_rate(step, args))
             average.update_parameters(model)
+            state["step"] = step
 
             jumps = round(args.jump_share * len(x0))
             means = loss.detach(), err[jumps:].mean(), err[:jumps].mean(), norm
             recent.append(torch.stack(means))  # on the device, which is not waited for
-            due = lambda every: step % every == 0 or step == args.steps or stop  # noqa: B023
-            if due(args.log_every) or due(args.save_every):
+            ends = stop[0] if stop else step == args.steps  # looked at once: it may come any time
+            saves = ends or step % args.save_every == 0
+            if saves or step % args.log_every == 0:
                 now = time.perf_counter()
-                state["step"], state["seconds"] = step, state["seconds"] + now - mark
+                state["seconds"] += now - mark
                 lost = report(state, recent, lost, lam, (now - mark) / len(recent), args, rank)
                 recent, mark = [], now
-            if due(args.save_every) and rank == 0:
+            if rank == 0 and (saves or step == 1):  # from the first step on --resume works
                 save_checkpoint(out, parts, args, state)
+            if rank == 0 and saves:
                 save_images(draw(average.module, 80, seed=args.seed), out / f"step-{step:06}.png")
-            if stop:
+            if ends and step < args.steps:
                 print(f"\nstopped after step {step}; the same command with --resume goes on")
-                raise SystemExit(128 + stop[0])
+                raise SystemExit(128 + ends)
         if rank == 0:
             grids = [draw(average.module, 40, steps=n, seed=args.seed) for n in (1, 2, 4)]
             save_images(torch.cat(grids), out / "samples.png")
@@ -741,10 +746,8 @@ def draw_batch(images, labels, n, flip, guidance):
 
 def lambda_and_tangent(step, args):
     """Return λ, a number or for the compiler a tensor, and the direction of du/dt."""
-    lam = 0.0
-    if args.lambda_schedule is not None:
-        curriculum = {"warmup": args.lambda_warmup, "maximum": args.lambda_max}
-        lam = lambda_schedule(args.lambda_schedule, **curriculum)(step)
+    curriculum = {"warmup": args.lambda_warmup, "maximum": args.lambda_max}
+    lam = lambda_schedule(args.lambda_schedule, **curriculum)(step)
     modulated = lam > 0 or args.lambda_schedule in ("linear", "cosine")
     tangent = args.tangent
     if tangent == "mixed":  # λ > 0 along the conditional one costs variety, see the README
@@ -793,10 +796,10 @@ def report(state, recent, lost, lam, pace, args, rank):
         left = round((args.steps - step) * pace)
         line = f"{step}/{args.steps}  err {flow:.4f} (r = t) {jump:.4f} (r < t)  lambda {lam:.2f}"
         line += f"  {args.batch_size / pace:.0f} images/s  {left // 60}:{left % 60:02} left "
-        print(line, end="\033[K\r" if sys.stdout.isatty() and left else "\n", flush=True)
+        terminal = sys.stdout is not None and sys.stdout.isatty()
+        print(line, end="\033[K\r" if terminal and left else "\n", flush=True)
     if lost >= PATIENCE:
-        raise UserError(f"no finite gradient in {lost} steps up to step {step}; "
-                        f"the checkpoint in {args.out} is good")  # fmt: skip
+        raise UserError(f"no finite gradient in {lost} steps up to step {step}: a lower --lr?")
     return lost
 
 
@@ -814,16 +817,16 @@ def prepared_objective(model, args, world):
 def process_group(device, world):
     """Join the processes that torchrun started, if nobody has. Yields a place for the objective,
     which must go before their group: held last by DistributedDataParallel, its end may hang."""
-    run = argparse.Namespace(objective=None)
+    group = argparse.Namespace(objective=None)
     joins = world > 1 and not dist.is_initialized()
     if joins:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield run
+        yield group
     finally:
-        del run.objective
+        del group.objective
         if joins:
             dist.destroy_process_group()
 
@@ -849,27 +852,30 @@ def noted_signals(world):
     """Yield a list that SIGINT and SIGTERM are appended to when they come. Several processes could
     not agree on the step to stop at: there a signal ends them, and the last checkpoint counts."""
     noted, usual = [], {}
-    for number in (signal.SIGINT, signal.SIGTERM) if world == 1 else ():
-        usual[number] = signal.signal(number, lambda number, frame: noted.append(number))
+    for kind in (signal.SIGINT, signal.SIGTERM) if world == 1 else ():
+        usual[kind] = signal.signal(kind, lambda kind, frame: noted.append(kind))
     try:
         yield noted
     finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
+        for kind, handler in usual.items():
+            signal.signal(kind, handler)
 
 
 # Checkpoints, data and pictures ------------------------------------------------------------------
 
 
 def save_checkpoint(out, parts, args, state):
-    model, file = parts["model"], out / "checkpoint.pt"
-    if not all(p.isfinite().all() for p in model.parameters()):
-        step = state["step"]
-        raise UserError(f"weights are not finite after step {step}; {file} is an earlier one")
-    content = {"format": FORMAT, "unet": model.config, "args": vars(args), **state}
+    if not all(p.isfinite().all() for p in parts["model"].parameters()):
+        raise UserError(f"weights are not finite after step {state['step']}, so they are not saved")
+    content = {"format": FORMAT, **settings(parts["model"], args), **state}
     content |= {name: part.state_dict() for name, part in parts.items()}
-    with replacing(file) as temporary:
+    with replacing(out / "checkpoint.pt") as temporary:
         torch.save(content, temporary)
+
+
+def settings(model, args):
+    """Return the settings of network and training in the types that any checkpoint can hold."""
+    return json.loads(json.dumps({"unet": model.config, "args": vars(args)}))
 
 
 def resume(out, parts, args, rank):
@@ -877,23 +883,26 @@ def resume(out, parts, args, rank):
 
     Raises UserError where this would overwrite a training, or go on with other settings.
     """
-    state, file = {"step": 0, "seconds": 0.0, "log": []}, out / "checkpoint.pt"
+    state, file, log = (
+        {"step": 0, "seconds": 0.0, "log": []},
+        out / "checkpoint.pt",
+        out / "log.csv",
+    )
     if args.resume and file.exists():
-        checkpoint = load_checkpoint(file)
+        checkpoint, now = load_checkpoint(file), settings(parts["model"], args)
         with reading(file):
-            was, now = checkpoint["args"] | checkpoint["unet"], vars(args) | parts["model"].config
+            was, now = ({**s["unet"], **s["args"]} for s in (checkpoint, now))
             for name in sorted(was.keys() - MAY_CHANGE - (set() if args.lr_decay else {"steps"})):
                 if was[name] != now.get(name):
-                    change = f"{name.replace('_', '-')} was {was[name]}, now it is {now.get(name)}"
+                    change = f"{name.replace('_', '-')} was {was[name]}, not {now.get(name)}"
                     raise UserError(f"cannot go on from {file}: {change}")
             for name, part in parts.items():
                 part.load_state_dict(checkpoint[name])
-            state = {name: type(value)(checkpoint[name]) for name, value in state.items()}
-    elif rank == 0:
-        for old in file, out / "log.csv":
-            if old.exists():
-                raise UserError(f"{old} exists: --resume its training, or name another --out")
-        save_checkpoint(out, parts, args, state)  # so that --resume works from the start
+            return {name: type(value)(checkpoint[name]) for name, value in state.items()}
+    if rank == 0 and file.exists():
+        raise UserError(f"{file} exists: --resume its training, or name another --out")
+    if rank == 0 and log.exists():
+        raise UserError(f"{log} exists, but no checkpoint.pt beside it: name another --out")
     return state
 
 
@@ -938,7 +947,8 @@ def replacing(file):
         reason = getattr(error, "strerror", None) or "is the disk full?"
         raise UserError(f"cannot write {file}: {reason}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
 
 
 def load_dataset(dataset, folder):
@@ -946,7 +956,7 @@ def load_dataset(dataset, folder):
     try:
         return dataset(folder, download=True)
     except Exception as error:  # as many kinds as there are faults of servers and of files
-        reason = [*str(error).strip().splitlines(), type(error).__name__][0]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         missing = f"no complete {dataset.__name__} in {folder} and no download ({reason})"
         raise UserError(f"{missing}: copy it there, or name its folder with --data") from error
 
@@ -1009,7 +1019,7 @@ def run(main, argv=None):
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
     try:
         main(argv)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, ImportError) as error:
         Parser(None).error(" ".join(str(error).split()))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
@@ -1090,11 +1100,12 @@ def completed(args, world):
         raise UserError(f"--batch-size {args.batch_size} does not divide by {world} processes")
     if args.lambda_schedule is None and (args.lambda_max, args.lambda_warmup) != (None, None):
         raise UserError("--lambda-max and --lambda-warmup need a --lambda-schedule")
-    if args.lambda_schedule:
-        args.lambda_max = 1.0 if args.lambda_max is None else args.lambda_max
-        args.lambda_warmup = args.lambda_warmup or max(1, args.steps // 4)
-        if args.lambda_warmup > args.steps:
-            raise UserError(f"--lambda-warmup {args.lambda_warmup} is beyond --steps {args.steps}")
+    if args.lambda_schedule is None:
+        args.lambda_schedule, args.lambda_max = "constant", 0.0
+    args.lambda_max = 1.0 if args.lambda_max is None else args.lambda_max
+    args.lambda_warmup = args.lambda_warmup or max(1, args.steps // 4)
+    if args.lambda_warmup > args.steps:
+        raise UserError(f"--lambda-warmup {args.lambda_warmup} is beyond --steps {args.steps}")
     for flag, pair in ("--t-logit", args.t_logit), ("--r-logit", args.r_logit):
         if pair is not None and pair[1] < 0:
             raise UserError(f"{flag} {pair[0]} {pair[1]}: the standard deviation is below 0")

@@ -1090,7 +1090,8 @@ def test_every_step_and_every_process_draws_its_own_batch(tmp_path, monkeypatch)
     monkeypatch.setattr(meanflow, "draw_batch", recorded)
     images = torch.randint(0, 256, (50, 1, 8, 8), dtype=torch.uint8)
     for rank in "0", "1", "1":
-        monkeypatch.setenv("RANK", rank)
+        for name, value in ("RANK", rank), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"):
+            monkeypatch.setenv(name, value)
         flags = ["--steps", "2", "--batch-size", "8", "--out", str(tmp_path / f"{len(seen)}")]
         args = meanflow.train_parser("").parse_args(flags)
         meanflow.train(UNet(1, size=8, width=8), images, None, args)
@@ -1112,7 +1113,7 @@ def test_every_step_and_every_process_draws_its_own_batch(tmp_path, monkeypatch)
 )
 def test_lambda_and_tangent_of_a_step(flags, compiled, lams, tangents):
     """Compiled, a number would be a constant of the graph; λ = 0 has a cheaper graph of its own."""
-    warmup = " --lambda-warmup 2" if flags else ""
+    warmup = " --lambda-warmup 2" if flags else " --steps 9"
     args = meanflow.train_parser("").parse_args([*(flags + warmup).split(), "--device", "cpu"])
     args = meanflow.completed(args, world=1)
     args.compile = compiled
@@ -1245,6 +1246,16 @@ def test_a_killed_training_resumes_to_the_same_bits(training, tmp_path):
     resumes_to_the_same(training, tmp_path)
 
 
+def test_a_first_step_that_fails_leaves_nothing_in_the_way(training, monkeypatch):
+    def fail(*args):
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(meanflow, "draw_batch", fail)
+        training("--steps", 2)
+    assert training("--steps", 2)[0] == 0
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_first(training, tmp_path, monkeypatch, number, status):
     at_step(7, monkeypatch, lambda x0: os.kill(os.getpid(), number))
@@ -1320,7 +1331,7 @@ def test_an_isolated_nan_skips_that_update(training, tmp_path, monkeypatch):
 def test_lasting_nans_end_training_with_a_good_checkpoint(training, tmp_path, monkeypatch):
     at_step(range(4, 100), monkeypatch, lambda x0: x0.fill_(math.nan))
     error = one_line(training("--steps", 60, "--log-every", 10, "--save-every", 5))
-    assert "in 22 steps up to step 25" in error and str(tmp_path / "run") in error
+    assert "in 22 steps up to step 25" in error
     assert all(value.isfinite().all() for value in weights(tmp_path / "run"))
 
 
