@@ -86,7 +86,8 @@ def draw_times(n, jumps, t_logit, r_logit, **options):
             raise ValueError(f"{name} must be a mean and a deviation >= 0, got {logit!r}")
         mean, std = logit
         draws.append(torch.sigmoid(mean + std * torch.randn(n, **options)))
-    r, t = torch.minimum(*draws), torch.maximum(*draws) if r_logit is None else draws[0]
+    r = torch.minimum(*draws)
+    t = torch.maximum(*draws) if r_logit is None else draws[0]
     return torch.cat((r[:jumps], t[jumps:])), t
 
 
@@ -141,7 +142,7 @@ def evaluate(model, x, r, t, y=None):
     precision can hold.
     """
     inputs = (x, r, t) if y is None else (x, r, t, y)
-    u = model(*(z.clone() for z in inputs))  # it may work in place on what it is given
+    u = model(*(z.clone() for z in inputs))  # it may change what it is given in place
     if not torch.is_tensor(u) or u.shape != x.shape:
         raise ValueError(f"model must return a tensor {tuple(x.shape)}, got {describe(u)}")
     return u.to(torch.promote_types(x.dtype, torch.float32))
@@ -195,7 +196,7 @@ def meanflow_loss(
     tangent   direction of du/dt: "conditional", the paper's v, or "marginal", u(x_t, t, t); with
               the latter, for p = 0, the true u is stationary for every λ. It takes one more
               forward pass where r < t, with a dropout mask of its own
-    guidance  ω of `guided_velocity`, for labels (B,); 1 is none
+    guidance  ω of `guided_velocity`, for labels (B,), at one more forward pass; 1 is none
     p, c      power >= 0 and offset > 0 of the adaptive weight; p = 0 is the plain squared error,
               larger ones move what is learned from the mean towards the mode
     Returns the scalar loss and, for a log, the detached mean of e² in each sample, (B,).
@@ -214,7 +215,7 @@ def meanflow_loss(
     if guidance != 1:
         v = guided_velocity(model, x_t, t, v, y, guidance)
 
-    # u of all samples, du/dt of the jumps: of the others t - r = 0 would make nothing
+    # u for all samples, du/dt only for the jumps: elsewhere t - r = 0
     u = torch.empty_like(v, dtype=torch.promote_types(v.dtype, torch.float32))
     dudt = torch.zeros_like(u)
     if jumps:
@@ -237,8 +238,8 @@ def meanflow_loss(
 class Objective(nn.Module):
     """`meanflow_loss` of a model as a module (x0, lam, y=None) -> (loss, err).
 
-    Compile this, with dynamic=False, or wrap it in DistributedDataParallel, not the model: so the
-    JVP is on the inside.
+    Compile this, with dynamic=False, or wrap it in DistributedDataParallel, not the model, so that
+    the JVP runs inside.
     options  keyword arguments of `meanflow_loss`; those of a call take precedence
     """
 
@@ -257,8 +258,8 @@ class Objective(nn.Module):
 def sample(model, x1, *, steps=1, y=None, times=None):
     """Return x0 (B, ...), generated from the noise x1 by jumps x_r = x_t - (t - r) u(x_t, r, t).
 
-    model  as in `meanflow_loss`; a Module is evaluated in eval mode and gets its mode back, of any
-           other callable the mode is yours to set
+    model  as in `meanflow_loss`; a Module is run in eval mode and then restored, for any other
+           callable set the mode yourself
     x1     noise (B, ...) ~ N(0, I), which sets device and dtype
     steps  number of jumps and network evaluations, at least 1, on an even grid from t = 1 to 0
     times  in the place of `steps`, the grid itself: decreasing numbers from 1 to 0
@@ -267,7 +268,7 @@ def sample(model, x1, *, steps=1, y=None, times=None):
     """
     if not (torch.is_tensor(x1) and x1.is_floating_point() and x1.ndim > 1):
         raise ValueError(f"x1 must be a float tensor (B, ...), got {describe(x1)}")
-    check_labels(y, x1)
+    check_label_count(y, x1)
     x, training = x1, []
     if isinstance(model, nn.Module):
         training = [module for module in model.modules() if module.training]
@@ -305,11 +306,11 @@ def time_grid(steps, times):
 class DerivativeRules(TorchFunctionMode):
     """While active, answer calls of the functions in RULES with a forward-mode rule of our own.
 
-    Whoever makes them: torch's layers, another library or a network of yours, of which a mode sees
-    the outermost calls only. Two rules are needed for right gradients: PyTorch's own derivatives
-    of layer norm and instance norm take mean and deviation for constants once they are
-    differentiated again, as λ > 0 does. Those of group norm and batch norm do not compile, and
-    that of a product also multiplies by the weights' tangent, zero. All else is PyTorch's.
+    It does not matter who calls them: torch's layers, another library or your network; a mode sees
+    only the outermost call. Two rules are needed for right gradients: PyTorch's derivatives of
+    layer norm and instance norm treat mean and deviation as constants when differentiated again,
+    as λ > 0 does. Its derivatives of group norm and batch norm do not compile, and that of a
+    product also multiplies by the tangent of the weights, zero. All else is left to PyTorch.
     gradients=False keeps no graph of the tangents that the rules make, as λ = 0 allows.
     """
 
@@ -384,7 +385,7 @@ def layer_norm(
 
 def group_norm(function, x, dx, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
     n, dn = normalized(x, dx, len(x) * num_groups, eps)
-    return scaled(n, dn, weight, bias, like=lambda w: expand(w, x[0]))
+    return scaled(n, dn, weight, bias, like=lambda w: expand(w, x[0]))  # (C,) -> (C, 1, ...)
 
 
 def batch_norm(
@@ -535,7 +536,7 @@ class UNet(nn.Module):
     patch        side of the square of pixels that becomes one pixel of the first level
     classes      number of labels, 0 for none; a missing or negative y is "no label"
     dropout      probability in [0, 1)
-    Raises ValueError for sizes that do not divide.
+    Raises ValueError for sizes that are not positive or do not divide.
     """
 
     def __init__(
@@ -547,7 +548,7 @@ class UNet(nn.Module):
         self.config = config  # what a checkpoint needs to build the network again
         self.shape, self.patch, self.classes = (channels, size, size), patch, classes
         widths = [width * multiplier for multiplier in multipliers]
-        if min((channels, size, patch, blocks, *widths), default=0) < 1 or not widths:
+        if not widths or min(channels, size, patch, blocks, *widths) < 1:
             raise ValueError(f"sizes must be positive, got {config}")
         unit = patch * 2 ** (len(widths) - 1)
         if size % unit:
@@ -587,9 +588,11 @@ class UNet(nn.Module):
 def check_arguments(x0, y, lam, tangent, guidance, p, c):
     if not (torch.is_tensor(x0) and x0.is_floating_point() and x0.ndim > 1 and x0.numel()):
         raise ValueError(f"x0 must be a float tensor (B, ...), got {describe(x0)}")
-    check_labels(y, x0)
-    if not is_number(guidance) or (guidance != 1 and (y is None or y.ndim != 1)):
-        raise ValueError(f"guidance {describe(guidance)} needs labels y of shape (B,)")
+    check_label_count(y, x0)
+    if not is_number(guidance):
+        raise ValueError(f"guidance must be a number, got {describe(guidance)}")
+    if guidance != 1 and (y is None or y.ndim != 1):
+        raise ValueError(f"guidance {guidance!r} needs labels y of shape (B,)")
     if torch.is_tensor(lam):
         right = lam.ndim == 0 and (not is_free_to_read(lam) or 0 <= lam <= 1)
     else:
@@ -613,7 +616,7 @@ def check_times(r, t, x0):
         raise ValueError(f"need 0 <= r <= t <= 1, got a sample with r = {r}, t = {t}")
 
 
-def check_labels(y, x):
+def check_label_count(y, x):
     if y is not None and not (torch.is_tensor(y) and y.shape[:1] == x.shape[:1]):
         raise ValueError(f"y must be a tensor with a label for each sample, got {describe(y)}")
 
@@ -713,7 +716,7 @@ def train(model, images, labels, args, *, flip=False):
             jumps = round(args.jump_share * len(x0))
             means = loss.detach(), err[jumps:].mean(), err[:jumps].mean(), norm
             recent.append(torch.stack(means))  # on the device, which is not waited for
-            ends = stop[0] if stop else step == args.steps  # looked at once: it may come any time
+            ends = stop[0] if stop else step == args.steps  # read once: a signal may come any time
             saves = ends or step % args.save_every == 0
             if saves or step % args.log_every == 0:
                 now = time.perf_counter()
@@ -748,7 +751,8 @@ def lambda_and_tangent(step, args):
     """Return λ, a number or for the compiler a tensor, and the direction of du/dt."""
     curriculum = {"warmup": args.lambda_warmup, "maximum": args.lambda_max}
     lam = lambda_schedule(args.lambda_schedule, **curriculum)(step)
-    modulated = lam > 0 or args.lambda_schedule in ("linear", "cosine")
+    rising = args.lambda_schedule in ("linear", "cosine") and args.lambda_max > 0
+    modulated = lam > 0 or rising  # from its first step on, so that there is one graph
     tangent = args.tangent
     if tangent == "mixed":  # λ > 0 along the conditional one costs variety, see the README
         tangent = "marginal" if modulated else "conditional"
@@ -778,8 +782,8 @@ def update(loss, model, optimizer, scaler, lr):
 
 
 def report(state, recent, lost, lam, pace, args, rank):
-    """Log the means of the recent steps, `pace` seconds each. Of the last steps, `lost` had no
-    finite gradient; return how many it is now, and raise UserError if they are too many."""
+    """Log the means of the recent steps, `pace` seconds each. `lost` counts the latest steps in a
+    row without a finite gradient; return the new count, and raise UserError if it is too large."""
     steps, step = torch.stack(recent), state["step"]
     finite = steps[:, 3].isfinite()
     for good in finite.tolist():
@@ -852,7 +856,8 @@ def noted_signals(world):
     """Yield a list that SIGINT and SIGTERM are appended to when they come. Several processes could
     not agree on the step to stop at: there a signal ends them, and the last checkpoint counts."""
     noted, usual = [], {}
-    for kind in (signal.SIGINT, signal.SIGTERM) if world == 1 else ():
+    kinds = (signal.SIGINT, signal.SIGTERM) if world == 1 else ()
+    for kind in kinds:
         usual[kind] = signal.signal(kind, lambda kind, frame: noted.append(kind))
     try:
         yield noted
@@ -883,15 +888,12 @@ def resume(out, parts, args, rank):
 
     Raises UserError where this would overwrite a training, or go on with other settings.
     """
-    state, file, log = (
-        {"step": 0, "seconds": 0.0, "log": []},
-        out / "checkpoint.pt",
-        out / "log.csv",
-    )
+    state = {"step": 0, "seconds": 0.0, "log": []}
+    file, log = out / "checkpoint.pt", out / "log.csv"
     if args.resume and file.exists():
-        checkpoint, now = load_checkpoint(file), settings(parts["model"], args)
+        checkpoint, new = load_checkpoint(file), settings(parts["model"], args)
         with reading(file):
-            was, now = ({**s["unet"], **s["args"]} for s in (checkpoint, now))
+            was, now = checkpoint["unet"] | checkpoint["args"], new["unet"] | new["args"]
             for name in sorted(was.keys() - MAY_CHANGE - (set() if args.lr_decay else {"steps"})):
                 if was[name] != now.get(name):
                     change = f"{name.replace('_', '-')} was {was[name]}, not {now.get(name)}"
@@ -1038,7 +1040,7 @@ def number(kind, low, high):
     return checked
 
 
-def folder(text):
+def not_empty(text):
     if not text.strip():
         raise argparse.ArgumentTypeError("must not be empty")
     return text
@@ -1053,8 +1055,8 @@ def train_parser(description, **defaults):
     parser = Parser(description)
     flag, switch = parser.add_argument, argparse.BooleanOptionalAction
     normal = {"type": number(float, -100, 100), "nargs": 2, "metavar": ("MEAN", "STD")}
-    flag("--data", type=folder, default="data", help="folder of the data, downloaded if absent")
-    flag("--out", type=folder, default="runs", help="folder for checkpoint, log and pictures")
+    flag("--data", type=not_empty, default="data", help="folder of the data, downloaded if absent")
+    flag("--out", type=not_empty, default="runs", help="folder for checkpoint, log and pictures")
     flag("--steps", type=COUNT, default=100_000, help="training steps")
     flag("--batch-size", type=COUNT, default=64, help="images per step, over all processes")
     flag("--lr", type=POSITIVE, default=1e-3, help="peak learning rate of Adam")
@@ -1102,6 +1104,8 @@ def completed(args, world):
         raise UserError("--lambda-max and --lambda-warmup need a --lambda-schedule")
     if args.lambda_schedule is None:
         args.lambda_schedule, args.lambda_max = "constant", 0.0
+    if args.lambda_schedule == "constant":
+        args.lambda_warmup = args.lambda_warmup or 1  # means nothing, so let it not change
     args.lambda_max = 1.0 if args.lambda_max is None else args.lambda_max
     args.lambda_warmup = args.lambda_warmup or max(1, args.steps // 4)
     if args.lambda_warmup > args.steps:
@@ -1120,7 +1124,7 @@ def main(argv=None):
     flag("--steps", type=COUNT, default=1, help="network evaluations per image")
     flag("--num", type=COUNT, default=80, help="number of images")
     flag("--label", type=number(int, 0, 10**9), help="class of all images; without it in turn")
-    flag("--out", type=folder, default="samples.png", help="a .png for a grid, or a new folder")
+    flag("--out", type=not_empty, default="samples.png", help="a .png for a grid, or a new folder")
     flag("--seed", type=SEED, default=0, help="seed of the noise")
     flag("--device", choices=DEVICES, default=DEVICES[0], help="device to draw on")
     args = parser.parse_args(argv)
