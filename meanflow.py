@@ -718,7 +718,7 @@ def train(model, images, labels, args, *, flip=False):
             recent.append(torch.stack(means))  # on the device, which is not waited for
             ends = stop[0] if stop else step == args.steps  # read once: a signal may come any time
             saves = ends or step % args.save_every == 0
-            if saves or step % args.log_every == 0:
+            if saves or step == 1 or step % args.log_every == 0:
                 now = time.perf_counter()
                 state["seconds"] += now - mark
                 lost = report(state, recent, lost, lam, (now - mark) / len(recent), args, rank)

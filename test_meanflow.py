@@ -981,8 +981,8 @@ def log(out):
 
 def test_training_writes_log_pictures_and_a_checkpoint(trained):
     rows = log(trained / "run")
-    assert [int(row["step"]) for row in rows] == [2, 4, 5]
-    assert [float(row["lambda"]) for row in rows] == [0.5, 1.0, 1.0]
+    assert [int(row["step"]) for row in rows] == [1, 2, 4, 5]
+    assert [float(row["lambda"]) for row in rows] == [0.0, 0.5, 1.0, 1.0]
     assert all(math.isfinite(float(value)) for row in rows for value in row.values())
     names = {file.name for file in (trained / "run").iterdir()} - {".lock"}
     assert names == {"log.csv", "checkpoint.pt", "samples.png", "step-000005.png"}

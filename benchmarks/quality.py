@@ -109,14 +109,14 @@ def print_row(name, measures):
     print(f"| {name} |", " | ".join(cells), "|", flush=True)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", nargs="+", help="what train_mnist.py wrote")
     parser.add_argument("--data", default="data", help="folder of MNIST")
     parser.add_argument("--cache", default="runs/quality/classifier.pt", help="the classifier")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4], help="of the sampler")
     parser.add_argument("--num", type=int, default=10_000, help="number of samples")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     models = [meanflow.load_model(file) for file in args.checkpoint]
     quality = Quality(args.data, args.cache)
     print(f"classifier: {quality.accuracy:.2%} of the test images\n")
