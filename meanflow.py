@@ -392,7 +392,7 @@ def batch_norm(
     function, x, dx, running_mean, running_var, weight=None, bias=None, training=False,
     momentum=0.1, eps=1e-5,
 ):  # fmt: skip
-    """As above, but with fixed statistics: dn = dx / std."""
+    """y = w n + b, n = (x - running mean) / running std:  dn = dx / running std."""
     if training:
         raise ValueError("model must treat samples one by one; batch norm mixes them in training")
     like = lambda w: expand(w, x[0])
@@ -663,8 +663,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 FORMAT = "meanflow 5"  # of checkpoints
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
-CUDA = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-DEVICES = ["cuda", *CUDA, "cpu"] if CUDA else ["cpu"]
 CLIP = 20.0  # largest norm of the gradient
 LABEL_DROPOUT = 0.1  # share of labels that guidance takes away
 PATIENCE = 20  # steps in a row without a finite gradient
@@ -989,9 +987,9 @@ def draw(model, num, *, steps=1, seed=0, label=None):
     if model.classes:
         y = torch.arange(num, device=x1.device) % model.classes
         y = y if label is None else torch.full_like(y, label)
-    batches = [slice(i, i + 500) for i in range(0, num, 500)]
-    labels = [None if y is None else y[i] for i in batches]
-    draws = [sample(model, x1[i], steps=steps, y=k) for i, k in zip(batches, labels, strict=True)]
+    batches = x1.split(500)
+    labels = [None] * len(batches) if y is None else y.split(500)
+    draws = [sample(model, x, steps=steps, y=k) for x, k in zip(batches, labels, strict=True)]
     return torch.cat(draws)
 
 
@@ -1032,7 +1030,7 @@ def number(kind, low, high):
 
     def checked(text):
         value = kind(text)
-        if not low <= value <= high:
+        if not is_number(value, low, high):
             raise argparse.ArgumentTypeError(f"must be from {low} to {high}, got {text}")
         return value
 
@@ -1044,6 +1042,12 @@ def not_empty(text):
     if not text.strip():
         raise argparse.ArgumentTypeError("must not be empty")
     return text
+
+
+def devices():
+    """Return what --device may name, its default first."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return ["cuda", *gpus, "cpu"] if gpus else ["cpu"]
 
 
 COUNT, SEED = number(int, 1, 10**9), number(int, 0, 2**63 - 1)
@@ -1075,7 +1079,7 @@ def train_parser(description, **defaults):
     flag("--class-cond", action=switch, default=False, help="condition on the labels")
     flag("--guidance", type=number(float, 0, 100), default=1.0, help="guidance to learn; 1 is off")
     flag("--seed", type=SEED, default=0, help="seed of all random numbers")
-    flag("--device", choices=DEVICES, default=DEVICES[0], help="device to train on")
+    flag("--device", choices=devices(), default=devices()[0], help="device to train on")
     flag("--amp", choices=PRECISIONS, help="network's precision; without it float32 on a CPU")
     flag("--compile", action=switch, help="compile the loss; by default on a GPU only")
     flag("--resume", action="store_true", help="go on from the checkpoint in --out, if any")
@@ -1126,7 +1130,7 @@ def main(argv=None):
     flag("--label", type=number(int, 0, 10**9), help="class of all images; without it in turn")
     flag("--out", type=not_empty, default="samples.png", help="a .png for a grid, or a new folder")
     flag("--seed", type=SEED, default=0, help="seed of the noise")
-    flag("--device", choices=DEVICES, default=DEVICES[0], help="device to draw on")
+    flag("--device", choices=devices(), default=devices()[0], help="device to draw on")
     args = parser.parse_args(argv)
     out = Path(args.out)
     grid = out.suffix.lower() == ".png"
