@@ -64,31 +64,25 @@ def sample_times(n, *, jump_share=0.25, t_logit=(-0.4, 1.0), r_logit=None, devic
     Raises ValueError for values outside these ranges.
     """
     jumps = number_of_jumps(n, jump_share)
-    return draw_times(n, jumps, t_logit, r_logit, device=device, dtype=dtype)
+    draw = lambda mean, std: torch.sigmoid(mean + std * torch.randn(n, device=device, dtype=dtype))
+    check_logit("t_logit", t_logit)
+    t = draw(*t_logit)
+    if r_logit is None:
+        other = draw(*t_logit)
+        r, t = torch.minimum(t, other), torch.maximum(t, other)
+    else:
+        check_logit("r_logit", r_logit)
+        r = torch.minimum(t, draw(*r_logit))
+    return torch.cat((r[:jumps], t[jumps:])), t
 
 
 def number_of_jumps(n, jump_share):
-    if not (isinstance(n, Integral) and n >= 1):
-        raise ValueError(f"n must be a positive integer, got {n!r}")
-    if not is_number(jump_share, 0, 1):
-        raise ValueError(f"jump_share must be in [0, 1], got {describe(jump_share)}")
-    jumps = round(jump_share * int(n))
+    """Return how many of n samples have r < t: always as many, unless n is too small for both."""
+    check_share(n, jump_share)
+    jumps = round(jump_share * n)
     if jumps in (0, n) and 0 < jump_share < 1:
         jumps = int(jump_share * n + torch.rand(()))  # on the CPU, which waits for no device
     return jumps
-
-
-def draw_times(n, jumps, t_logit, r_logit, **options):
-    draws = []
-    for name, logit in ("t_logit", t_logit), ("r_logit", t_logit if r_logit is None else r_logit):
-        pair = isinstance(logit, (tuple, list)) and len(logit) == 2
-        if not (pair and is_number(logit[0]) and is_number(logit[1], 0)):
-            raise ValueError(f"{name} must be a mean and a deviation >= 0, got {logit!r}")
-        mean, std = logit
-        draws.append(torch.sigmoid(mean + std * torch.randn(n, **options)))
-    r = torch.minimum(*draws)
-    t = torch.maximum(*draws) if r_logit is None else draws[0]
-    return torch.cat((r[:jumps], t[jumps:])), t
 
 
 # Gradient modulation SG_λ and the curriculum of λ ------------------------------------------------
@@ -204,30 +198,29 @@ def meanflow_loss(
     """
     check_arguments(x0, y, lam, tangent, guidance, p, c)
     x1 = torch.randn_like(x0) if x1 is None else alike("x1", x1, x0)
+    n = jumps = len(x0)
     if r is None and t is None:
-        jumps, logits = number_of_jumps(len(x0), jump_share), (t_logit, r_logit)
-        r, t = draw_times(len(x0), jumps, *logits, device=x0.device, dtype=x0.dtype)
+        jumps = number_of_jumps(n, jump_share)
+        options = {"t_logit": t_logit, "r_logit": r_logit, "device": x0.device, "dtype": x0.dtype}
+        r, t = sample_times(n, jump_share=jumps / n, **options)
     else:
-        jumps = len(x0)
         check_times(r, t, x0)
 
     x_t, v = path(x0, x1, t)
     if guidance != 1:
         v = guided_velocity(model, x_t, t, v, y, guidance)
 
-    # u for all samples, du/dt only for the jumps: elsewhere t - r = 0
+    # u for all samples, du/dt for the jumps alone: elsewhere t - r = 0
+    y_jump, y_flow = (None, None) if y is None else (y[:jumps], y[jumps:])
     u = torch.empty_like(v, dtype=torch.promote_types(v.dtype, torch.float32))
     dudt = torch.zeros_like(u)
     if jumps:
-        at, labels = (x_t[:jumps], r[:jumps], t[:jumps]), None if y is None else y[:jumps]
-        direction = v[:jumps]
-        if tangent == "marginal":
-            direction = velocity(model, x_t[:jumps], t[:jumps], labels)
+        at = x_t[:jumps], r[:jumps], t[:jumps]
+        direction = velocity(model, at[0], at[2], y_jump) if tangent == "marginal" else v[:jumps]
         keep = torch.is_tensor(lam) or lam != 0
-        u[:jumps], dudt[:jumps] = total_derivative(model, *at, direction, labels, gradients=keep)
-    if jumps < len(x0):
-        labels = None if y is None else y[jumps:]
-        u[jumps:] = evaluate(model, x_t[jumps:], r[jumps:], t[jumps:], labels)
+        u[:jumps], dudt[:jumps] = total_derivative(model, *at, direction, y_jump, gradients=keep)
+    if jumps < n:
+        u[jumps:] = evaluate(model, x_t[jumps:], r[jumps:], t[jumps:], y_flow)
 
     e = u + expand(t - r, u) * sg_lambda(dudt, lam) - v
     square = e.flatten(1).square().sum(1)  # ||e||², (B,)
@@ -388,10 +381,8 @@ def group_norm(function, x, dx, num_groups, weight=None, bias=None, eps=1e-5, cu
     return scaled(n, dn, weight, bias, like=lambda w: expand(w, x[0]))  # (C,) -> (C, 1, ...)
 
 
-def batch_norm(
-    function, x, dx, running_mean, running_var, weight=None, bias=None, training=False,
-    momentum=0.1, eps=1e-5,
-):  # fmt: skip
+def batch_norm(function, x, dx, running_mean, running_var, weight=None, bias=None, training=False,
+               momentum=0.1, eps=1e-5):  # fmt: skip
     """y = w n + b, n = (x - running mean) / running std:  dn = dx / running std."""
     if training:
         raise ValueError("model must treat samples one by one; batch norm mixes them in training")
@@ -400,15 +391,11 @@ def batch_norm(
     return scaled((x - like(running_mean)) * rstd, dx * rstd, weight, bias, like)
 
 
-def instance_norm(
-    function, x, dx, running_mean=None, running_var=None, weight=None, bias=None,
-    use_input_stats=True, momentum=0.1, eps=1e-5,
-):  # fmt: skip
+def instance_norm(function, x, dx, running_mean=None, running_var=None, weight=None, bias=None,
+                  use_input_stats=True, momentum=0.1, eps=1e-5):  # fmt: skip
     if use_input_stats:
         return group_norm(function, x, dx, x.shape[1], weight, bias, eps)
-    return batch_norm(
-        function, x, dx, running_mean, running_var, weight, bias, False, momentum, eps
-    )
+    return batch_norm(function, x, dx, running_mean, running_var, weight, bias, eps=eps)
 
 
 RULES = {
@@ -605,6 +592,19 @@ def check_arguments(x0, y, lam, tangent, guidance, p, c):
         raise ValueError(f"p must be >= 0 and c > 0, got p={describe(p)}, c={describe(c)}")
 
 
+def check_share(n, jump_share):
+    if not (isinstance(n, Integral) and n >= 1):
+        raise ValueError(f"n must be a positive integer, got {n!r}")
+    if not is_number(jump_share, 0, 1):
+        raise ValueError(f"jump_share must be in [0, 1], got {describe(jump_share)}")
+
+
+def check_logit(name, logit):
+    pair = isinstance(logit, (tuple, list)) and len(logit) == 2
+    if not (pair and is_number(logit[0]) and is_number(logit[1], 0)):
+        raise ValueError(f"{name} must be a mean and a deviation >= 0, got {logit!r}")
+
+
 def check_times(r, t, x0):
     if r is None or t is None:
         raise ValueError("r and t must be given together")
@@ -661,9 +661,10 @@ from pathlib import Path
 from torch import distributed as dist
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-FORMAT = "meanflow 5"  # of checkpoints
+FORMAT = "meanflow 6"  # of checkpoints
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 CLIP = 20.0  # largest norm of the gradient
+MUON_RATE = 2.5  # learning rate of Muon, in those of Adam
 LABEL_DROPOUT = 0.1  # share of labels that guidance takes away
 PATIENCE = 20  # steps in a row without a finite gradient
 MAY_CHANGE = {"data", "out", "device", "compile", "resume", "log_every", "save_every"}
@@ -692,9 +693,11 @@ def train(model, images, labels, args, *, flip=False):
     images, labels = images.to(device), None if labels is None else labels.to(device)
     model.to(device).train()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
-    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, args.beta2), fused=True)
+    adam = torch.optim.Adam(model.parameters(), betas=(0.9, args.beta2), fused=True)
+    muon = Muon(inner_kernels(model)) if args.optimizer == "muon" else None
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    parts = {"model": model, "ema": average.module, "optimizer": optimizer, "scaler": scaler}
+    parts = {"model": model, "ema": average.module, "adam": adam, "scaler": scaler}
+    parts |= {"muon": muon} if muon else {}
 
     with sole_user(out, rank), noted_signals(world) as stop, process_group(device, world) as group:
         state = resume(out, parts, args, rank)
@@ -707,7 +710,7 @@ def train(model, images, labels, args, *, flip=False):
             lam, tangent = lambda_and_tangent(step - 1, args)
             with torch.autocast(device.type, PRECISIONS[args.amp], enabled=args.amp != "off"):
                 loss, err = group.objective(x0, lam, y, tangent=tangent)
-            norm = update(loss, model, optimizer, scaler, learning_rate(step, args))
+            norm = update(loss, model, adam, muon, scaler, learning_rate(step, args))
             average.update_parameters(model)
             state["step"] = step
 
@@ -766,17 +769,54 @@ def learning_rate(step, args):
     return args.lr * rise * decay
 
 
-def update(loss, model, optimizer, scaler, lr):
-    """Take a step of Adam and return the gradient's norm; where that is not finite, take none."""
-    optimizer.zero_grad()
+def update(loss, model, adam, muon, scaler, lr):
+    """Take a step and return the gradient's norm; where that is not finite, change nothing."""
+    adam.zero_grad()
     scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
+    scaler.unscale_(adam)
     norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-    optimizer.found_inf = (~norm.isfinite()).float()  # which makes fused Adam change nothing
-    optimizer.param_groups[0]["lr"] = lr
-    optimizer.step()
+    if muon:
+        muon.param_groups[0]["lr"] = MUON_RATE * lr
+        muon.step(finite=norm.isfinite())
+    adam.param_groups[0]["lr"] = lr
+    adam.found_inf = (~norm.isfinite()).float()  # which makes fused Adam change nothing
+    adam.step()
     scaler.update()
     return norm
+
+
+def inner_kernels(model):
+    """Return the weights of the convolutions between the first and the last one of a UNet."""
+    return [layer.weight for layer in model.levels.modules() if isinstance(layer, nn.Conv2d)]
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon for kernels, each seen as a matrix (outputs, all else) that shares its storage.
+
+    With the lengths of updates that Adam would take, after Liu et al. 2025, arXiv:2502.16982.
+    """
+
+    def __init__(self, kernels):
+        self.kernels = kernels
+        matrices = [nn.Parameter(kernel.detach().flatten(1)) for kernel in kernels]
+        super().__init__(matrices, adjust_lr_fn="match_rms_adamw")
+
+    def step(self, finite=True):
+        """Use up the kernels' gradients, so that another optimizer finds none."""
+        for matrix, kernel in zip(self.param_groups[0]["params"], self.kernels, strict=True):
+            matrix.grad, kernel.grad = kernel.grad.flatten(1), None
+        if finite:
+            with Unrounded():
+                super().step()
+
+
+class Unrounded(TorchFunctionMode):
+    """Keep float32 where Muon asks for bfloat16, which a CPU without it imitates, slowly."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.bfloat16 and args[0].device.type == "cpu":
+            return args[0].clone()
+        return function(*args, **kwargs or {})
 
 
 def report(state, recent, lost, lam, pace, args, rank):
@@ -1063,6 +1103,8 @@ def train_parser(description, **defaults):
     flag("--out", type=not_empty, default="runs", help="folder for checkpoint, log and pictures")
     flag("--steps", type=COUNT, default=100_000, help="training steps")
     flag("--batch-size", type=COUNT, default=64, help="images per step, over all processes")
+    flag("--optimizer", choices=["adam", "muon"], default="adam", help="muon: Muon for the inner "
+         "convolutions, Adam for the rest")  # fmt: skip
     flag("--lr", type=POSITIVE, default=1e-3, help="peak learning rate of Adam")
     flag("--lr-decay", action=switch, default=False, help="let it fall to 0 along a cosine")
     flag("--beta2", type=DECAY, default=0.999, help="decay of Adam's second moment")
