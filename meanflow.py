@@ -202,7 +202,7 @@ def meanflow_loss(
     if r is None and t is None:
         jumps = number_of_jumps(n, jump_share)
         options = {"t_logit": t_logit, "r_logit": r_logit, "device": x0.device, "dtype": x0.dtype}
-        r, t = sample_times(n, jump_share=jumps / n, **options)
+        r, t = sample_times(n, jump_share=jumps / n, **options)  # so that `jumps` of them jump
     else:
         check_times(r, t, x0)
 
@@ -775,11 +775,12 @@ def update(loss, model, adam, muon, scaler, lr):
     scaler.scale(loss).backward()
     scaler.unscale_(adam)
     norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    finite = norm.isfinite()
     if muon:
         muon.param_groups[0]["lr"] = MUON_RATE * lr
-        muon.step(finite=norm.isfinite())
+        muon.step(finite)
     adam.param_groups[0]["lr"] = lr
-    adam.found_inf = (~norm.isfinite()).float()  # which makes fused Adam change nothing
+    adam.found_inf = (~finite).float()  # which makes fused Adam change nothing
     adam.step()
     scaler.update()
     return norm
@@ -801,8 +802,8 @@ class Muon(torch.optim.Muon):
         matrices = [nn.Parameter(kernel.detach().flatten(1)) for kernel in kernels]
         super().__init__(matrices, adjust_lr_fn="match_rms_adamw")
 
-    def step(self, finite=True):
-        """Use up the kernels' gradients, so that another optimizer finds none."""
+    def step(self, finite):
+        """Use up the kernels' gradients, so that Adam finds none; step if they are `finite`."""
         for matrix, kernel in zip(self.param_groups[0]["params"], self.kernels, strict=True):
             matrix.grad, kernel.grad = kernel.grad.flatten(1), None
         if finite:

@@ -568,20 +568,16 @@ class Everything(nn.Module):
         return x * expand(t, x) + self.last(h).mT.reshape(x.shape)
 
 
-NUMBERS, TENSORS = (0.0, 0.5), (torch.tensor(0.0), torch.tensor(0.5))
+TENSORS = torch.tensor(0.0), torch.tensor(0.5)
+tiny_unet = functools.partial(UNet, 1, size=4, width=8, multipliers=(1,), classes=3)
 
 
 @pytest.mark.parametrize(
     "make, tangent, guidance, lams",
     [
-        (Everything, "conditional", 1.0, (*NUMBERS, *TENSORS)),
+        (Everything, "conditional", 1.0, (0.0, 0.5, *TENSORS)),
         (Everything, "marginal", 2.0, (0.0, *TENSORS)),
-        (
-            lambda: UNet(1, size=4, width=8, multipliers=(1,), classes=3),
-            "marginal",
-            1.0,
-            TENSORS[1:],
-        ),
+        (tiny_unet, "marginal", 1.0, TENSORS[1:]),
     ],
     ids=["conditional", "marginal, guidance", "U-Net"],
 )
@@ -937,13 +933,15 @@ def call(capfd):
     return call
 
 
+TRAINED = shlex.split("--steps 5 --batch-size 8 --lambda-schedule linear --lambda-warmup 2")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with data and a finished run of train_mnist.py in `run`, from the command line."""
     folder = tmp_path_factory.mktemp("trained")
     write_mnist(folder / "data")
-    flags = "--steps 5 --batch-size 8 --log-every 2 --lambda-schedule linear --lambda-warmup 2"
-    result = script("train_mnist.py", *flags.split(), "--out", "run", cwd=folder)
+    result = script("train_mnist.py", *TRAINED, "--log-every", 2, "--out", "run", cwd=folder)
     assert result.returncode == 0 and "5/5" in result.stdout, result.stderr
     return folder
 
@@ -1133,10 +1131,8 @@ def test_the_learning_rate_rises_and_decays():
 def test_muon_takes_the_inner_kernels_and_adam_the_rest():
     """Adam's first step is lr everywhere; Muon's largest singular value gives it that size, too."""
     net = small_unet(size=8).float()
-    muon, adam = (
-        meanflow.Muon(meanflow.inner_kernels(net)),
-        torch.optim.Adam(net.parameters(), fused=True),
-    )
+    muon = meanflow.Muon(meanflow.inner_kernels(net))
+    adam = torch.optim.Adam(net.parameters(), fused=True)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
     loss, _ = meanflow_loss(net, torch.randn(8, 1, 8, 8), 0.0)
@@ -1416,10 +1412,8 @@ def test_what_is_no_checkpoint_is_named(trained, call, tmp_path, damage):
     before = {file: file.read_bytes() for file in run.iterdir()}
     drawn = call(meanflow.main, run / "checkpoint.pt", "--out", tmp_path / "new.png")
     assert "checkpoint.pt" in one_line(drawn) and not (tmp_path / "new.png").exists()
-    flags = shlex.split(
-        "--steps 5 --batch-size 8 --lambda-schedule linear --lambda-warmup 2 --resume"
-    )
-    resumed = call(train_mnist.main, *flags, "--data", trained / "data", "--out", run)
+    place = "--data", trained / "data", "--out", run
+    resumed = call(train_mnist.main, *TRAINED, *place, "--resume")
     assert ("log.csv" if damage == "missing" else "checkpoint.pt") in one_line(resumed)
     assert before == {file: file.read_bytes() for file in run.iterdir()}
 
