@@ -348,9 +348,9 @@ def normalized(x, dx, groups, eps):
     if torch.is_grad_enabled():
         mean = lambda z: z.mean(1, keepdim=True)
         x, dx = x.view(groups, -1), dx.view(groups, -1)
-        x = x - mean(x)
-        rstd = (mean(x * x) + eps).rsqrt()
-        n = x * rstd
+        variance, center = torch.var_mean(x, 1, correction=0, keepdim=True)
+        rstd = (variance + eps).rsqrt()
+        n = x * rstd - center * rstd
         dn = (dx - mean(dx) - n * mean(n * dx)) * rstd
         n, dn = n.view(shape), dn.view(shape)
     else:  # the Jacobian of n is symmetric, so the kernel of the backward pass serves, the fastest

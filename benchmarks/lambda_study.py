@@ -4,13 +4,13 @@ Trains with λ = 0, 0.25, 0.5, 1, risen linearly or along a cosine to 1 at half 
 1 to 0, with either tangent and several seeds, for equal steps; then λ = 0 once more, for as long
 as the slowest of the others took. Prints tables, mean and range over the seeds (measures of
 quality.py on 5,000 one-step samples, the gradient's mean norm, seconds of one core), and writes
-assets/lambda.svg (recall and distance against λ) and assets/lambda.png: the same noise through the
-networks of the first seed, a row for each λ, conditional on the left, marginal on the right.
+assets/lambda.png: the same noise through the networks of the first seed, a row for each λ,
+conditional on the left, marginal on the right.
 
     python benchmarks/lambda_study.py                      # 50 minutes on two cores
     python benchmarks/lambda_study.py --only gaussian      # a minute
 
-Training is that of train_mnist.py with a network of half the width, fewer steps and a shorter EMA.
+The network is half as wide as that of train_mnist.py, with one block a level, and Adam trains it.
 A finished run in --out is not repeated, so an interrupted study goes on with the same command.
 """
 
@@ -22,6 +22,7 @@ import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from torchvision.utils import make_grid, save_image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from quality import Quality
+import quality
 
 import meanflow
 import train_mnist
@@ -47,15 +48,17 @@ SCHEDULES = {  # λ as flags of the training scripts
     "0 to 1, cosine": "--lambda-schedule cosine",
     "1 to 0, falling": "--lambda-schedule falling",
 }
-RECIPE = {"device": "cpu", "ema": 0.99}
-RECIPE |= {"log_every": 10**6, "save_every": 10**6}
+TANGENTS = "conditional", "marginal"
+NETWORK = {"patch": 2, "width": 16, "multipliers": (1, 2)}
+RECIPE = train_mnist.RECIPE | {"optimizer": "adam", "ema": 0.99, "device": "cpu"}
+RECIPE |= {"log_every": 10, "save_every": 10**6}
 MEASURES = {  # of a table: the name among the results, the form of their mean and range
     "distance": ("distance", "{:.1f} ({:.1f} to {:.1f})"),
     "recall": ("recall", "{:.2f} ({:.2f} to {:.2f})"),
     "gradient norm": ("grad_norm", "{:.0f} ({:.0f} to {:.0f})"),
     "seconds": ("cpu", "{:.0f}"),
 }
-COLOURS = {"conditional": "#d1495b", "marginal": "#2a7f9e"}
+SAMPLES = 5_000
 ASSETS = Path(__file__).parent.parent / "assets"
 
 
@@ -83,38 +86,81 @@ def gaussian(lam, tangent, *, steps=3000, batch=1024):
     return meanflow.sample(u, torch.randn(100_000, 1)).std().item()
 
 
-def folder(out, configuration, seed, steps):
-    name = "-".join([*configuration, str(seed), str(steps)])
-    return Path(out, name.replace(", ", "-").replace(" ", "-"))
+@dataclass(frozen=True)
+class Job:
+    schedule: str
+    tangent: str
+    seed: int
+    steps: int
+    images: int = 60_000  # drawn evenly over the classes
+    rate: int = 1  # times the recipe's learning rate
+
+    def folder(self, out):
+        name = "-".join(map(str, asdict(self).values()))
+        return Path(out, name.replace(", ", "-").replace(" ", "-"))
 
 
-def train(job):
-    """Train one network on one thread and return the configuration and its measures."""
-    (schedule, tangent, seed, steps), data, out = job
-    run = folder(out, (schedule, tangent), seed, steps)
+def drawn_evenly(labels, count, seed):
+    """Return the indices of `count` images, as many of each of ten classes, in random order."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    if count < len(labels):
+        order = torch.cat([order[labels[order] == k][: count // 10] for k in range(10)])
+        order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))]
+    return order
+
+
+def memorised(samples, train, test):
+    """Return the share of samples that are nearer to a training image than to any of as many test
+    images: a half, if nothing is memorised."""
+    count = min(len(train), len(test))
+    nearest = lambda images: torch.cdist(samples.flatten(1), images[:count].flatten(1)).amin(1)
+    return (nearest(train) < nearest(test)).float().mean().item()
+
+
+def train(task):
+    """Train one network on one thread and return its job and its measures. A training that does
+    not end, since its gradients are not finite, has none but the log's."""
+    job, data, out = task
+    run = job.folder(out)
     result = run / "quality.json"
-    if not result.exists():
-        torch.set_num_threads(1)
-        parser = meanflow.train_parser("", **train_mnist.RECIPE | RECIPE | {"out": str(run)})
-        flags = f"{SCHEDULES[schedule]} --tangent {tangent} --seed {seed} --steps {steps} --resume"
-        flags += f" --lambda-warmup {steps // 2}"
-        args = parser.parse_args(flags.split())
-        torch.manual_seed(seed)
-        network = train_mnist.NETWORK | {"width": 16}
-        model = meanflow.UNet(channels=1, size=28, classes=10, **network)
-        mnist = MNIST(data)
-        start = time.process_time()
+    if result.exists():
+        return job, json.loads(result.read_text())
+    torch.set_num_threads(1)
+    parser = meanflow.train_parser("", **RECIPE | {"out": str(run)})
+    parser.set_defaults(lr=RECIPE["lr"] * job.rate, lambda_warmup=job.steps // 2)
+    flags = f"{SCHEDULES[job.schedule]} --tangent {job.tangent} --resume"
+    args = parser.parse_args([*flags.split(), "--seed", str(job.seed), "--steps", str(job.steps)])
+    torch.manual_seed(job.seed)
+    model = meanflow.UNet(channels=1, size=28, classes=10, **NETWORK)
+    mnist = MNIST(data)
+    chosen = drawn_evenly(mnist.targets, job.images, job.seed)
+    images, labels = mnist.data[chosen, None], mnist.targets[chosen]
+    row, start = {"ended": True}, time.process_time()
+    try:
         with contextlib.redirect_stdout(open(os.devnull, "w")):
-            model = meanflow.train(model, mnist.data[:, None], mnist.targets, args)
-        seconds = time.process_time() - start
-        images, labels = meanflow.draw(model, 5000), torch.arange(5000) % 10
-        measures = Quality(data, Path(out, "classifier.pt")).measure(images, labels)
-        save_image(make_grid(images[:30] / 2 + 0.5, 10, 0), run / "grid.png")
-        names = "cpu", "distance", "precision", "recall", "agreement"
-        result.write_text(json.dumps(dict(zip(names, (seconds, *measures), strict=True))))
+            model = meanflow.train(model, images, labels, args)
+    except meanflow.UserError:  # no finite gradient, or weights that are not
+        row["ended"] = False
+    row["cpu"] = time.process_time() - start
+    if row["ended"]:
+        samples, classes = meanflow.draw(model, SAMPLES), torch.arange(SAMPLES) % 10
+        measures = quality.Quality(data, out).measure(samples, classes)
+        row |= zip(quality.MEASURES, measures, strict=True)
+        test = quality.as_float(MNIST(data, train=False).data)
+        row["memorised"] = memorised(samples, images.float() / 127.5 - 1, test)
+        save_image(make_grid(samples[:30] / 2 + 0.5, 10, 0), run / "grid.png")
     with open(run / "log.csv") as file:
-        *_, log = csv.DictReader(file)  # means over the training, but for an interrupted one
-    return job[0], json.loads(result.read_text()) | {k: float(v) for k, v in log.items()}
+        norms = [float(line["grad_norm"]) for line in csv.DictReader(file)]
+    row |= {"grad_norm": sum(norms) / len(norms), "largest norm": max(norms)}
+    result.write_text(json.dumps(row))
+    return job, row
+
+
+def train_all(jobs, args):
+    """Return the measures of each job; `args.jobs` processes train at once."""
+    quality.Quality(args.data, args.out)  # trains the classifiers, once
+    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
+        return dict(pool.map(train, [(job, args.data, args.out) for job in jobs]))
 
 
 def mean_and_range(values):
@@ -123,69 +169,34 @@ def mean_and_range(values):
 
 def table(title, jobs, results):
     """Print a row for each λ, a column for each measure and tangent: mean (range of the seeds)."""
-    tangents = [*dict.fromkeys(tangent for _, tangent, *_ in jobs)]
+    tangents = [*dict.fromkeys(job.tangent for job in jobs)]
     columns = [(measure, tangent) for measure in MEASURES for tangent in tangents]
     print(f"\n**{title}**\n")
     print("| λ |", " | ".join(f"{measure}, {tangent}" for measure, tangent in columns), "|")
     print("|---" * (1 + len(columns)) + "|")
-    for schedule in dict.fromkeys(job[0] for job in jobs):
+    for schedule in dict.fromkeys(job.schedule for job in jobs):
         row = []
         for measure, tangent in columns:
             name, form = MEASURES[measure]
-            runs = [results[job][name] for job in jobs if job[:2] == (schedule, tangent)]
-            row.append(form.format(*mean_and_range(runs)))
+            alike = [job for job in jobs if (job.schedule, job.tangent) == (schedule, tangent)]
+            row.append(form.format(*mean_and_range([results[job][name] for job in alike])))
         print(f"| {schedule} |", " | ".join(row), "|", flush=True)
 
 
-def curve(results, file):
-    """Draw recall and distance against a constant λ, the mean and the range of the seeds."""
-    constant = [name for name in SCHEDULES if " " not in name]
-    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 660 270" font-size="13" '
-           'font-family="sans-serif" fill="#777">']  # fmt: skip
-    write = lambda x, y, text, more="": svg.append(
-        f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="middle" {more}>{text}</text>'
-    )
-    width, height, bottom = 250, 170, 220
-    for left, measure in (60, "recall"), (390, "distance"):
-        top = 1.05 * max(run[measure] for job, run in results.items() if job[0] in constant) or 1
-        tick = next(k for e in range(-3, 4) for k in (10**e, 2 * 10**e, 5 * 10**e) if 5 * k > top)
-        place = lambda lam, value: (left + width * lam, bottom - height * value / top)  # noqa: B023
-        write(left + width / 2, 30, f"{measure} of one-step samples", 'font-weight="bold"')
-        write(left + width / 2, bottom + 40, "λ")
-        for value in (k * tick for k in range(int(top / tick) + 1)):
-            x, y = place(0, value)
-            svg.append(f'<path d="M{x} {y:.1f}h{width}" stroke="#888" opacity=".4"/>')
-            write(x - 20, y + 4, f"{value:g}")
-        for name in constant:
-            write(left + width * float(name), bottom + 20, name)
-        for i, (tangent, colour) in enumerate(COLOURS.items()):
-            write(left + width * (i + 1) / 3, 50, tangent, f'style="fill:{colour}"')
-            line = []
-            for name in constant:
-                runs = [run[measure] for job, run in results.items() if job[:2] == (name, tangent)]
-                (x, y), (_, low), (_, high) = (place(float(name), v) for v in mean_and_range(runs))
-                line.append(f"{x:.1f} {y:.1f}")
-                svg.append(f'<path d="M{x:.1f} {low:.1f}V{high:.1f}" stroke="{colour}"/>')
-            svg.append(f'<path d="M{"L".join(line)}" stroke="{colour}" fill="none"/>')
-    file.write_text("\n".join([*svg, "</svg>\n"]))
-
-
 def mnist(args):
-    configurations = [(name, tangent) for name in SCHEDULES for tangent in COLOURS]
-    Quality(args.data, Path(args.out, "classifier.pt"))  # trains the classifier, once
-    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
-        measure = lambda jobs: dict(pool.map(train, [(job, args.data, args.out) for job in jobs]))
-        jobs = [(*c, seed, args.steps) for seed in range(args.seeds) for c in configurations]
-        results = measure(jobs)
-        table(f"{args.steps} steps", jobs, results)
-        curve(results, ASSETS / "lambda.svg")
-        seconds = {c: sum(results[job]["cpu"] for job in jobs if job[:2] == c)
-                   for c in configurations}  # fmt: skip
-        longer = round(args.steps * max(seconds.values()) / seconds["0", "conditional"])
-        jobs = [("0", "conditional", seed, longer) for seed in range(args.seeds)]
-        table(f"λ = 0 for as long as the slowest took, {longer} steps", jobs, measure(jobs))
-    grids = [read_image(folder(args.out, c, 0, args.steps) / "grid.png") for c in configurations]
-    save_image(make_grid(torch.stack(grids) / 255, 2, 16, pad_value=1), ASSETS / "lambda.png")
+    configurations = [(name, tangent) for name in SCHEDULES for tangent in TANGENTS]
+    jobs = [Job(*c, seed, args.steps) for seed in range(args.seeds) for c in configurations]
+    results = train_all(jobs, args)
+    table(f"{args.steps} steps", jobs, results)
+    seconds = dict.fromkeys(configurations, 0.0)
+    for job in jobs:
+        seconds[job.schedule, job.tangent] += results[job]["cpu"]
+    longer = round(args.steps * max(seconds.values()) / seconds["0", "conditional"])
+    jobs = [Job("0", "conditional", seed, longer) for seed in range(args.seeds)]
+    table(f"λ = 0 for as long as the slowest took, {longer} steps", jobs, train_all(jobs, args))
+    firsts = [Job(*c, 0, args.steps).folder(args.out) for c in configurations]
+    grids = torch.stack([read_image(folder / "grid.png") for folder in firsts])
+    save_image(make_grid(grids / 255, 2, 16, pad_value=1), ASSETS / "lambda.png")
 
 
 def main():
@@ -200,7 +211,7 @@ def main():
     if args.only != "mnist":
         print("| λ | conditional | marginal |\n|---|---|---|\n| exact | 0.500 | 0.500 |")
         for lam in 0.0, 0.25, 0.5, 1.0:
-            stds = (gaussian(lam, tangent) for tangent in COLOURS)
+            stds = (gaussian(lam, tangent) for tangent in TANGENTS)
             print(f"| {lam} |", " | ".join(f"{std:.3f}" for std in stds), "|", flush=True)
     if args.only != "gaussian":
         mnist(args)

@@ -1,0 +1,112 @@
+"""Two claims of the paper put to the test on MNIST: few data, and stability.
+
+The paper's summary says that a rising λ trains stably, and well where data are few. Here it meets
+λ = 0, a rising λ along the marginal tangent, and the default of train_mnist.py, a falling one.
+
+- Few data: the same steps on 600, 6,000 and 60,000 images. Distance and recall of 5,000 one-step
+  samples against the test images, and the share of samples nearer to a training image than to any
+  of as many test images: a half where nothing is memorised.
+- Stability: the learning rate of the recipe times 1, 3 and 10, fewer steps. How many trainings end,
+  how large the gradient's norm gets (mean of ten steps, before it is clipped at 20), the distance.
+
+Prints two tables, mean (range of the seeds), and draws assets/claims.png. Network and recipe are
+those of lambda_study.py. A finished training in --out is not repeated. Needs matplotlib.
+
+    python benchmarks/claims_study.py  # an hour on two cores
+"""
+
+import argparse
+import sys
+from itertools import product
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from lambda_study import ASSETS, Job, mean_and_range, train_all
+
+CURRICULA = {  # λ and tangent: (name, colour)
+    ("0", "conditional"): ("λ = 0", "#2a7f9e"),
+    ("0 to 1, linear", "conditional"): ("rising, conditional (the paper's)", "#d1495b"),
+    ("0 to 1, linear", "marginal"): ("rising, marginal", "#edae49"),
+    ("1 to 0, falling", "mixed"): ("falling, mixed (train_mnist.py)", "#3d7a3d"),
+}
+IMAGES, RATES = (600, 6_000, 60_000), (1, 3, 10)
+
+
+def cell(runs, measure, form):
+    """Return mean (range) of those runs that ended."""
+    values = [run[measure] for run in runs if measure in run]
+    if not values:
+        return "-"
+    mean, low, high = (form.format(value) for value in mean_and_range(values))
+    return f"{mean} ({low} to {high})"
+
+
+def table(title, rows, measures, groups):
+    """Print a row for each of `rows` and curriculum; groups: {(curriculum, row): runs}."""
+    print(f"\n| {title} | λ |", " | ".join(measures), "| trainings that ended |")
+    print("|---" * (3 + len(measures)) + "|")
+    for value, (curriculum, (name, _)) in product(rows, CURRICULA.items()):
+        runs = groups[curriculum, value]
+        cells = [cell(runs, *measure) for measure in measures.values()]
+        ended = f"{sum(run['ended'] for run in runs)} of {len(runs)}"
+        print(f"| {value:,} | {name} |", " | ".join(cells), f"| {ended} |", flush=True)
+
+
+def lines(axes, values, groups, measure):
+    """Draw a measure against `values`, a line through the means and a dot for each seed."""
+    for curriculum, (name, colour) in CURRICULA.items():
+        runs = [[run[measure] for run in groups[curriculum, v] if measure in run] for v in values]
+        ended = [(v, group) for v, group in zip(values, runs, strict=True) if group]
+        means = [mean_and_range(group)[0] for _, group in ended]
+        axes.plot([v for v, _ in ended], means, color=colour, label=name)
+        for value, group in ended:
+            axes.plot([value] * len(group), group, "o", color=colour, markersize=4)
+    axes.set(xscale="log", yscale="log", xticks=values)
+    axes.set_xticklabels([f"{value:,}" for value in values])
+    axes.minorticks_off()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", default="data", help="folder of MNIST")
+    parser.add_argument("--out", default="runs/claims", help="folder for the runs")
+    parser.add_argument("--steps", type=int, default=600, help="on few data")
+    parser.add_argument("--short", type=int, default=300, help="steps at each learning rate")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at once, a core each")
+    args = parser.parse_args()
+    few, stable = {}, {}
+    for curriculum, seed in product(CURRICULA, range(args.seeds)):
+        for images in IMAGES:
+            job = Job(*curriculum, seed, args.steps, images=images)
+            few.setdefault((curriculum, images), []).append(job)
+        for rate in RATES:
+            job = Job(*curriculum, seed, args.short, rate=rate)
+            stable.setdefault((curriculum, rate), []).append(job)
+    jobs = [job for groups in (few, stable) for group in groups.values() for job in group]
+    jobs.sort(key=lambda job: job.seed)
+    results = train_all(jobs, args)
+    few, stable = ({key: [results[job] for job in group] for key, group in groups.items()}
+                   for groups in (few, stable))  # fmt: skip
+
+    distance, recall = ("distance", "{:.0f}"), ("recall", "{:.2f}")
+    measures = {"distance": distance, "recall": recall, "nearer": ("memorised", "{:.2f}")}
+    table("images", IMAGES, measures, few)
+    measures = {"distance": distance, "recall": recall, "norm": ("largest norm", "{:.0f}")}
+    table("learning rate, times", RATES, measures, stable)
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    lines(left, IMAGES, few, "distance")
+    left.set(xlabel="training images", ylabel="distance of one-step samples")
+    lines(right, RATES, stable, "largest norm")
+    right.set(xlabel="learning rate, times the recipe's", ylabel="largest gradient norm")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2,
+                  frameon=False)  # fmt: skip
+    figure.savefig(ASSETS / "claims.png", dpi=130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Draw the pictures that explain, into assets/. Needs `pip install matplotlib`.
+
+    python benchmarks/pictures.py path                    # a flow, a velocity, an average velocity
+    python benchmarks/pictures.py moons                   # what λ does in the plane, two minutes
+    python benchmarks/pictures.py log runs/mnist/log.csv  # the errors of a training
+"""
+
+import argparse
+import csv
+import math
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import meanflow
+
+ASSETS = Path(__file__).parent.parent / "assets"
+DATA, NOISE, FLOW, JUMP = "#2a7f9e", "#b8b8b8", "#777777", "#d1495b"
+plt.rcParams |= {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
+
+
+# A flow in one dimension -------------------------------------------------------------------------
+
+CENTRES, DEVIATION = torch.tensor([-1.0, 1.0]), 0.12  # of the data, two narrow Gaussians
+
+
+def marginal_velocity(x, t):
+    """Return E[v | x_t = x] for the data above: each Gaussian's own velocity, weighted."""
+    variance = (1 - t) ** 2 * DEVIATION**2 + t**2
+    offset = x[:, None] - (1 - t) * CENTRES
+    velocities = (t - (1 - t) * DEVIATION**2) / variance * offset - CENTRES
+    weights = torch.softmax(-(offset**2) / (2 * variance), 1)
+    return (weights * velocities).sum(1)
+
+
+def flow_lines(x1, steps=1000):
+    """Return times (steps + 1,) from 1 to 0 and the states (steps + 1, B) of the flow from x1."""
+    times, states = torch.linspace(1, 0, steps + 1), [x1]
+    for t in times[:-1]:
+        states.append(states[-1] - marginal_velocity(states[-1], t) / steps)
+    return times, torch.stack(states)
+
+
+def draw_path():
+    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    torch.manual_seed(2)
+    for _ in range(40):  # the straight paths, of which each sample has one
+        x0 = CENTRES[torch.randint(2, ())] + DEVIATION * torch.randn(())
+        axes.plot([0, 1], [x0, torch.randn(())], color=NOISE, linewidth=0.5, zorder=0)
+    starts = torch.tensor([-1.9, -1.2, -0.7, -0.3, -0.05, 0.08, 0.3, 0.7, 1.2, 1.9])
+    times, states = flow_lines(starts)
+    axes.plot(times, states, color=FLOW, linewidth=1)
+    line = states[:, 5]
+    axes.plot(times, line, color=DATA, linewidth=2.5)
+
+    i, j = 880, 450  # where the line is at times r and t
+    r, t, x_r, x_t = times[i], times[j], line[i], line[j]
+    velocity = marginal_velocity(x_t[None], t).item()
+    arrow = {"arrowstyle": "->", "linewidth": 2.5, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", (t, x_t), (r, x_r), arrowprops=arrow | {"color": JUMP})
+    axes.annotate("", (t + 0.3, x_t + 0.3 * velocity), (t, x_t), arrowprops=arrow)
+    axes.plot([r, t], [x_r, x_t], "o", color="black")
+    axes.text(t, x_t + 0.12, "$x_t$", ha="center", va="bottom")
+    axes.text(r, x_r + 0.14, "$x_r$", ha="center", va="bottom")
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8}
+    axes.text(0.76, 0.42, r"velocity $\bar v(x_t, t)$", ha="center", bbox=box)
+    axes.text(0.29, 0.06, "average velocity $u(x_t, r, t)$", ha="center", color=JUMP, bbox=box)
+    axes.set(xlim=(-0.02, 1.02), ylim=(-2.1, 2.1), xticks=[0, r, t, 1], yticks=[])
+    axes.set_xticklabels(["0\ndata", "r", "t", "1\nnoise"])
+    axes.spines["left"].set_visible(False)
+    figure.savefig(ASSETS / "path.png", dpi=160)
+
+
+# λ in the plane ----------------------------------------------------------------------------------
+
+
+def moons(n):
+    """Return n points (n, 2) of two moons."""
+    angle, upper = math.pi * torch.rand(n), torch.rand(n) < 0.5
+    x = torch.where(upper, angle.cos() - 0.5, 0.5 - angle.cos())
+    y = torch.where(upper, angle.sin() - 0.25, 0.25 - angle.sin())
+    return torch.stack((x, y), 1) + 0.05 * torch.randn(n, 2)
+
+
+class Plane(nn.Module):
+    """u(x, r, t) for points (B, 2): three layers."""
+
+    def __init__(self, width=256):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(4, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2)
+        )
+
+    def forward(self, x, r, t):
+        return self.layers(torch.cat((x, t[:, None], (t - r)[:, None]), 1))
+
+
+def trained(lam, tangent, steps=3000, batch=512):
+    """Return a network after training on the moons with a constant λ."""
+    torch.manual_seed(0)
+    model = Plane()
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    times = {"jump_share": 0.75, "t_logit": (0.0, 1.6), "r_logit": (-4.0, 1.6)}
+    for _ in range(steps):
+        loss, _ = meanflow.meanflow_loss(model, moons(batch), lam, tangent=tangent, **times)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model
+
+
+def draw_moons():
+    figure, panels = plt.subplots(1, 4, figsize=(12, 3.4), layout="constrained")
+    noise = torch.randn(1000, 2, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(1)
+    settings = {
+        "λ = 0": (0.0, "conditional"),
+        "λ = 1, conditional tangent": (1.0, "conditional"),
+        "λ = 1, marginal tangent": (1.0, "marginal"),
+    }
+    panels[0].scatter(*moons(len(noise)).T, s=3, color=DATA)
+    panels[0].set_title("data")
+    for panel, (title, (lam, tangent)) in zip(panels[1:], settings.items(), strict=True):
+        samples = meanflow.sample(trained(lam, tangent), noise)
+        ends = torch.stack((noise, samples))[:, :150]  # (2, 150, 2)
+        panel.plot(*ends.permute(2, 0, 1), color=NOISE, linewidth=0.5, zorder=0)
+        panel.scatter(*ends[0].T, s=4, color=NOISE)
+        panel.scatter(*samples.T, s=3, color=JUMP)
+        panel.set_title(title)
+    for panel in panels:
+        panel.set(xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), aspect="equal")
+        panel.axis("off")
+    figure.savefig(ASSETS / "moons.png", dpi=130)
+
+
+# The log of a training ---------------------------------------------------------------------------
+
+
+def draw_log(file):
+    with open(file, encoding="utf-8") as rows:
+        log = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(rows)]
+    column = lambda name: [row[name] for row in log]
+    figure, (errors, curriculum) = plt.subplots(
+        2, sharex=True, figsize=(8, 4.2), height_ratios=[4, 1], layout="constrained"
+    )
+    errors.plot(column("step"), column("err_jump"), color=JUMP, label="err_jump, r < t")
+    errors.plot(column("step"), column("err_flow"), color=DATA, label="err_flow, r = t")
+    errors.set(yscale="log", ylabel="squared error")
+    errors.legend(frameon=False, loc="upper right")
+    curriculum.plot(column("step"), column("lambda"), color="black")
+    curriculum.set(xlabel="step", ylabel="λ", ylim=(-0.05, 1.1), xlim=(0, log[-1]["step"]))
+    modulated = max((row["step"] for row in log if row["lambda"] > 0), default=0)
+    for panel in errors, curriculum:  # where the tangent is marginal, in a mixed run
+        panel.axvspan(0, modulated, color=NOISE, alpha=0.3, linewidth=0)
+    figure.savefig(ASSETS / "log.png", dpi=130)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("picture", choices=["path", "moons", "log"])
+    parser.add_argument("log", nargs="?", default="runs/mnist/log.csv")
+    args = parser.parse_args()
+    if args.picture == "log":
+        draw_log(args.log)
+    else:
+        {"path": draw_path, "moons": draw_moons}[args.picture]()
+
+
+if __name__ == "__main__":
+    main()
