@@ -92,11 +92,9 @@ def sg_lambda(z, lam):
     """Return SG_λ[z] = λ z + (1 - λ) stopgrad(z): the value of z, λ times its gradient.
 
     z    tensor of any shape
-    lam  λ in [0, 1], a number or a 0-dim tensor; the number 0 frees the graph behind z
+    lam  λ in [0, 1], a number or a 0-dim tensor
     """
-    if not torch.is_tensor(lam) and lam == 0:
-        return z.detach()
-    return z.detach() + (z - z.detach()) * lam  # the same, and exact in value
+    return lam * z + (1 - lam) * z.detach()
 
 
 LAMBDA_SCHEDULES = {  # of the share s of the warm-up that is over
@@ -342,23 +340,18 @@ def linear(function, x, dx, weight, bias=None, *args, **kwargs):
 
 def normalized(x, dx, groups, eps):
     """n = (x - mean(x)) / std(x), mean and std over each of `groups` equal parts of x:
-    dn = (dx - mean(dx) - n mean(n dx)) / std(x). Returns n and dn."""
-    shape, wide = x.shape, torch.promote_types(x.dtype, torch.float32)
-    x, dx = x.to(wide).contiguous(), dx.to(wide).contiguous()
-    if torch.is_grad_enabled():
-        mean = lambda z: z.mean(1, keepdim=True)
-        x, dx = x.view(groups, -1), dx.view(groups, -1)
-        variance, center = torch.var_mean(x, 1, correction=0, keepdim=True)
-        rstd = (variance + eps).rsqrt()
-        n = x * rstd - center * rstd
-        dn = (dx - mean(dx) - n * mean(n * dx)) * rstd
-        n, dn = n.view(shape), dn.view(shape)
-    else:  # the Jacobian of n is symmetric, so the kernel of the backward pass serves, the fastest
-        sizes = groups, 1, x.numel() // groups, 1
-        n, mean, rstd = torch.native_group_norm(x, None, None, *sizes, eps)
-        backward = torch.ops.aten.native_group_norm_backward
-        dn, _, _ = backward(dx, x, mean, rstd, None, *sizes, [True, False, False])
-    return n, dn
+    dn = (dx - mean(dx) - n mean(n dx)) / std(x). Returns n and dn.
+
+    dn is a symmetric function of dx, so it is what the backward pass of a layer norm computes, and
+    of that PyTorch has the right derivative.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows, drows = (z.to(wide).reshape(groups, -1) for z in (x, dx))
+    size = rows.shape[1:]
+    n, mean, rstd = torch.native_layer_norm(rows, size, None, None, eps)
+    backward, wanted = torch.ops.aten.native_layer_norm_backward, [True, False, False]
+    dn, _, _ = backward(drows, rows, size, mean, rstd, None, None, wanted)
+    return n.view(x.shape), dn.view(x.shape)
 
 
 def scaled(n, dn, weight, bias, like):
@@ -763,8 +756,8 @@ def lambda_and_tangent(step, args):
 
 
 def learning_rate(step, args):
-    """Return the rate of a step, counted from 1: it rises in a 50th of all steps, and may decay."""
-    rise = min(1.0, step / max(1, args.steps // 50))
+    """Return the rate of a step, counted from 1: it rises during the warm-up, and may decay."""
+    rise = min(1.0, step / args.lr_warmup)
     decay = (1 + math.cos(math.pi * (step - 1) / args.steps)) / 2 if args.lr_decay else 1.0
     return args.lr * rise * decay
 
@@ -794,12 +787,13 @@ def inner_kernels(model):
 class Muon(torch.optim.Muon):
     """torch's Muon for kernels, each seen as a matrix (outputs, all else) that shares its storage.
 
-    With the lengths of updates that Adam would take, after Liu et al. 2025, arXiv:2502.16982.
+    With the lengths of updates that Adam would take, after Liu et al. 2025, arXiv:2502.16982, and
+    torch's default weight decay of 0.1.
     """
 
     def __init__(self, kernels):
         self.kernels = kernels
-        matrices = [nn.Parameter(kernel.detach().flatten(1)) for kernel in kernels]
+        matrices = [nn.Parameter(kernel.detach().view(len(kernel), -1)) for kernel in kernels]
         super().__init__(matrices, adjust_lr_fn="match_rms_adamw")
 
     def step(self, finite):
@@ -827,6 +821,8 @@ def report(state, recent, lost, lam, pace, args, rank):
     finite = steps[:, 3].isfinite()
     for good in finite.tolist():
         lost = 0 if good else lost + 1
+        if lost == PATIENCE:
+            raise UserError(f"no finite gradient in {lost} steps up to step {step}: a lower --lr?")
     loss, flow, jump, norm = steps[finite].mean(0).tolist()
     row = {"step": step, "loss": loss, "err_flow": flow, "err_jump": jump, "lambda": float(lam)}
     row |= {"grad_norm": norm, "skipped": len(recent) - int(finite.sum())}
@@ -841,8 +837,6 @@ def report(state, recent, lost, lam, pace, args, rank):
         line += f"  {args.batch_size / pace:.0f} images/s  {left // 60}:{left % 60:02} left "
         terminal = sys.stdout is not None and sys.stdout.isatty()
         print(line, end="\033[K\r" if terminal and left else "\n", flush=True)
-    if lost >= PATIENCE:
-        raise UserError(f"no finite gradient in {lost} steps up to step {step}: a lower --lr?")
     return lost
 
 
@@ -879,25 +873,31 @@ def sole_user(out, rank):
     """Lock the folder against another training; the lock ends with the process, however it ends."""
     from filelock import FileLock, Timeout  # which torch itself requires
 
-    lock = nullcontext()
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".lock", timeout=0)
+    if rank:
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
     try:
-        with lock:
-            yield
+        lock = FileLock(out / ".lock").acquire(timeout=0)
     except Timeout:
         raise UserError(f"another training is at work in {out}") from None
+    with lock:
+        yield
 
 
 @contextmanager
 def noted_signals(world):
     """Yield a list that SIGINT and SIGTERM are appended to when they come. Several processes could
     not agree on the step to stop at: there a signal ends them, and the last checkpoint counts."""
-    noted, usual = [], {}
     kinds = (signal.SIGINT, signal.SIGTERM) if world == 1 else ()
+    noted, usual = [], {kind: signal.getsignal(kind) for kind in kinds}
+
+    def note(kind, frame):
+        noted.append(kind)
+        signal.signal(kind, usual[kind])  # so that a second one ends the process at once
+
     for kind in kinds:
-        usual[kind] = signal.signal(kind, lambda kind, frame: noted.append(kind))
+        signal.signal(kind, note)
     try:
         yield noted
     finally:
@@ -1107,6 +1107,7 @@ def train_parser(description, **defaults):
     flag("--optimizer", choices=["adam", "muon"], default="adam", help="muon: Muon for the inner "
          "convolutions, Adam for the rest")  # fmt: skip
     flag("--lr", type=POSITIVE, default=1e-3, help="peak learning rate of Adam")
+    flag("--lr-warmup", type=COUNT, help="steps of its rise; without it a 50th of all")
     flag("--lr-decay", action=switch, default=False, help="let it fall to 0 along a cosine")
     flag("--beta2", type=DECAY, default=0.999, help="decay of Adam's second moment")
     flag("--ema", type=DECAY, default=0.999, help="decay of the averaged weights, per step")
@@ -1153,6 +1154,7 @@ def completed(args, world):
         args.lambda_schedule, args.lambda_max = "constant", 0.0
     if args.lambda_schedule == "constant":
         args.lambda_warmup = args.lambda_warmup or 1  # means nothing, so let it not change
+    args.lr_warmup = args.lr_warmup or max(1, args.steps // 50)
     args.lambda_max = 1.0 if args.lambda_max is None else args.lambda_max
     args.lambda_warmup = args.lambda_warmup or max(1, args.steps // 4)
     if args.lambda_warmup > args.steps:

@@ -7,8 +7,9 @@ from meanflow import UNet, load_dataset, run, train, train_parser
 
 RECIPE = {
     "out": "runs/mnist",
-    "steps": 4_000,
+    "steps": 2_400,
     "batch_size": 64,
+    "optimizer": "muon",
     "lr": 3e-3,
     "lr_decay": True,
     "beta2": 0.99,
@@ -19,10 +20,11 @@ RECIPE = {
     "r_logit": [-4.0, 1.6],
     "class_cond": True,
 }
-NETWORK = {  # 0.5M parameters
+NETWORK = {  # 0.8M parameters
     "patch": 2,  # pixels become 2x2 patches: convolutions at 14x14 and 7x7
     "width": 32,
     "multipliers": (1, 2),
+    "blocks": 2,
 }
 
 

@@ -66,15 +66,15 @@ def lines(axes, values, groups, measure):
             axes.plot([value] * len(group), group, "o", color=colour, markersize=4)
     axes.set(xscale="log", yscale="log", xticks=values)
     axes.set_xticklabels([f"{value:,}" for value in values])
-    axes.minorticks_off()
+    axes.set_xticks([], minor=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="data", help="folder of MNIST")
     parser.add_argument("--out", default="runs/claims", help="folder for the runs")
-    parser.add_argument("--steps", type=int, default=600, help="on few data")
-    parser.add_argument("--short", type=int, default=300, help="steps at each learning rate")
+    parser.add_argument("--steps", type=int, default=500, help="on few data")
+    parser.add_argument("--short", type=int, default=200, help="at each learning rate")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=2, help="trainings at once, a core each")
     args = parser.parse_args()

@@ -17,6 +17,7 @@ A finished run in --out is not repeated, so an interrupted study goes on with th
 import argparse
 import contextlib
 import csv
+import functools
 import json
 import os
 import sys
@@ -117,6 +118,11 @@ def memorised(samples, train, test):
     return (nearest(train) < nearest(test)).float().mean().item()
 
 
+@functools.cache  # once in each process, for all that it trains
+def quality_of(data, out):
+    return quality.Quality(data, out)
+
+
 def train(task):
     """Train one network on one thread and return its job and its measures. A training that does
     not end, since its gradients are not finite, has none but the log's."""
@@ -144,7 +150,7 @@ def train(task):
     row["cpu"] = time.process_time() - start
     if row["ended"]:
         samples, classes = meanflow.draw(model, SAMPLES), torch.arange(SAMPLES) % 10
-        measures = quality.Quality(data, out).measure(samples, classes)
+        measures = quality_of(data, out).measure(samples, classes)
         row |= zip(quality.MEASURES, measures, strict=True)
         test = quality.as_float(MNIST(data, train=False).data)
         row["memorised"] = memorised(samples, images.float() / 127.5 - 1, test)
@@ -158,7 +164,7 @@ def train(task):
 
 def train_all(jobs, args):
     """Return the measures of each job; `args.jobs` processes train at once."""
-    quality.Quality(args.data, args.out)  # trains the classifiers, once
+    quality_of(args.data, args.out)  # trains the classifiers, if there are none
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         return dict(pool.map(train, [(job, args.data, args.out) for job in jobs]))
 

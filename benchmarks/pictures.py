@@ -1,5 +1,7 @@
 """Draw the pictures that explain, into assets/. Needs `pip install matplotlib`.
 
+One command for each picture:
+
     python benchmarks/pictures.py path                    # a flow, a velocity, an average velocity
     python benchmarks/pictures.py moons                   # what λ does in the plane, two minutes
     python benchmarks/pictures.py log runs/mnist/log.csv  # the errors of a training
