@@ -97,7 +97,7 @@ def sg_lambda(z, lam):
     return lam * z + (1 - lam) * z.detach()
 
 
-LAMBDA_SCHEDULES = {  # of the share s of the warm-up that is over
+LAMBDA_SCHEDULES = {  # s is the part of the warm-up that is done
     "constant": lambda s: 1.0,
     "linear": lambda s: s,
     "cosine": lambda s: (1 - math.cos(math.pi * s)) / 2,
@@ -196,7 +196,7 @@ def meanflow_loss(
     """
     check_arguments(x0, y, lam, tangent, guidance, p, c)
     x1 = torch.randn_like(x0) if x1 is None else alike("x1", x1, x0)
-    n = jumps = len(x0)
+    n = jumps = len(x0)  # all of them, where the times are given
     if r is None and t is None:
         jumps = number_of_jumps(n, jump_share)
         options = {"t_logit": t_logit, "r_logit": r_logit, "device": x0.device, "dtype": x0.dtype}
@@ -297,11 +297,12 @@ def time_grid(steps, times):
 class DerivativeRules(TorchFunctionMode):
     """While active, answer calls of the functions in RULES with a forward-mode rule of our own.
 
-    It does not matter who calls them: torch's layers, another library or your network; a mode sees
-    only the outermost call. Two rules are needed for right gradients: PyTorch's derivatives of
-    layer norm and instance norm treat mean and deviation as constants when differentiated again,
-    as λ > 0 does. Its derivatives of group norm and batch norm do not compile, and that of a
-    product also multiplies by the tangent of the weights, zero. All else is left to PyTorch.
+    It does not matter who calls them: torch's layers, another library or your network. Only calls
+    within another function of torch's, as multi-head attention, are not seen. Two rules are needed
+    for right gradients: PyTorch's derivatives of layer norm and instance norm treat mean and
+    deviation as constants when differentiated again, as λ > 0 does. Its derivatives of group norm
+    and batch norm do not compile, and that of a product also multiplies by the tangent of the
+    weights, zero. All else is left to PyTorch.
     gradients=False keeps no graph of the tangents that the rules make, as λ = 0 allows.
     """
 
@@ -710,8 +711,8 @@ def train(model, images, labels, args, *, flip=False):
             jumps = round(args.jump_share * len(x0))
             means = loss.detach(), err[jumps:].mean(), err[:jumps].mean(), norm
             recent.append(torch.stack(means))  # on the device, which is not waited for
-            ends = stop[0] if stop else step == args.steps  # read once: a signal may come any time
-            saves = ends or step % args.save_every == 0
+            signalled = stop[0] if stop else None  # read once: it may come any time
+            saves = signalled or step == args.steps or step % args.save_every == 0
             if saves or step == 1 or step % args.log_every == 0:
                 now = time.perf_counter()
                 state["seconds"] += now - mark
@@ -721,9 +722,9 @@ def train(model, images, labels, args, *, flip=False):
                 save_checkpoint(out, parts, args, state)
             if rank == 0 and saves:
                 save_images(draw(average.module, 80, seed=args.seed), out / f"step-{step:06}.png")
-            if ends and step < args.steps:
+            if signalled and step < args.steps:
                 print(f"\nstopped after step {step}; the same command with --resume goes on")
-                raise SystemExit(128 + ends)
+                raise SystemExit(128 + signalled)
         if rank == 0:
             grids = [draw(average.module, 40, steps=n, seed=args.seed) for n in (1, 2, 4)]
             save_images(torch.cat(grids), out / "samples.png")
@@ -745,8 +746,8 @@ def lambda_and_tangent(step, args):
     """Return λ, a number or for the compiler a tensor, and the direction of du/dt."""
     curriculum = {"warmup": args.lambda_warmup, "maximum": args.lambda_max}
     lam = lambda_schedule(args.lambda_schedule, **curriculum)(step)
-    rising = args.lambda_schedule in ("linear", "cosine") and args.lambda_max > 0
-    modulated = lam > 0 or rising  # from its first step on, so that there is one graph
+    fallen = args.lambda_schedule == "falling" and lam == 0
+    modulated = args.lambda_max > 0 and not fallen  # a rising λ from step 0 on: one graph
     tangent = args.tangent
     if tangent == "mixed":  # λ > 0 along the conditional one costs variety, see the README
         tangent = "marginal" if modulated else "conditional"
