@@ -820,10 +820,10 @@ def report(state, recent, lost, lam, pace, args, rank):
     row without a finite gradient; return the new count, and raise UserError if it is too large."""
     steps, step = torch.stack(recent), state["step"]
     finite = steps[:, 3].isfinite()
-    for good in finite.tolist():
+    for at, good in enumerate(finite.tolist(), step - len(recent) + 1):
         lost = 0 if good else lost + 1
         if lost == PATIENCE:
-            raise UserError(f"no finite gradient in {lost} steps up to step {step}: a lower --lr?")
+            raise UserError(f"no finite gradient in {lost} steps up to step {at}: a lower --lr?")
     loss, flow, jump, norm = steps[finite].mean(0).tolist()
     row = {"step": step, "loss": loss, "err_flow": flow, "err_jump": jump, "lambda": float(lam)}
     row |= {"grad_norm": norm, "skipped": len(recent) - int(finite.sum())}

@@ -145,7 +145,9 @@ def train(task):
     try:
         with contextlib.redirect_stdout(open(os.devnull, "w")):
             model = meanflow.train(model, images, labels, args)
-    except meanflow.UserError:  # no finite gradient, or weights that are not
+    except meanflow.UserError as error:
+        if "finite" not in str(error):  # gradients that are not, or weights
+            raise
         row["ended"] = False
     row["cpu"] = time.process_time() - start
     if row["ended"]:
