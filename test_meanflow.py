@@ -1120,7 +1120,7 @@ def test_lambda_and_tangent_of_a_step(flags, compiled, lams, tangents):
 
 
 def test_the_learning_rate_rises_and_decays():
-    args = meanflow.train_parser("", steps=100, lr=2.0).parse_args([])
+    args = meanflow.train_parser("", lr_warmup=2, steps=100, lr=2.0).parse_args([])
     assert [meanflow.learning_rate(step, args) for step in (1, 2, 3, 100)] == [1, 2, 2, 2]
     args.lr_decay = True
     rates = [meanflow.learning_rate(step, args) for step in range(2, 101)]
