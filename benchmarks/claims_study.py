@@ -12,7 +12,8 @@ The paper's summary says that a rising λ trains stably, and well where data are
 Prints two tables, mean (range of the seeds), and draws assets/claims.png. Network and recipe are
 those of lambda_study.py. A finished training in --out is not repeated. Needs matplotlib.
 
-    python benchmarks/claims_study.py  # an hour on two cores
+    python benchmarks/claims_study.py            # two hours on two cores
+    python benchmarks/claims_study.py --seeds 1  # half of it
 """
 
 import argparse
