@@ -94,7 +94,7 @@ def sg_lambda(z, lam):
     z    tensor of any shape
     lam  λ in [0, 1], a number or a 0-dim tensor
     """
-    return lam * z + (1 - lam) * z.detach()
+    return z.detach() + lam * (z - z.detach())  # which has exactly the value of z
 
 
 LAMBDA_SCHEDULES = {  # s is the part of the warm-up that is done

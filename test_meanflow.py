@@ -169,7 +169,7 @@ def test_true_u_is_not_stationary_for_the_conditional_tangent_with_lambda_1():
 def test_sg_lambda_keeps_the_value_and_scales_the_gradient(lam):
     z = torch.randn(5, dtype=torch.float64, requires_grad=True)
     scaled = sg_lambda(z, lam)
-    assert_close(scaled, z, rtol=1e-15, atol=0)
+    assert torch.equal(scaled, z)
     (gradient,) = torch.autograd.grad((scaled + 0 * z).sum(), z)
     assert_close(gradient, torch.full_like(z, float(lam)))
 
@@ -1054,7 +1054,7 @@ def test_cifar_trains_and_draws(call, tmp_path, monkeypatch):
         "--preset tiny --steps 2 --batch-size 8 --lambda-schedule linear --amp bf16"
     )
     place = "--data", tmp_path / "data", "--out", tmp_path / "run"
-    assert call(train_cifar.main, *flags, *place, "--class-cond", "--amp", "bf16") == (0, "")
+    assert call(train_cifar.main, *flags, *place, "--class-cond") == (0, "")
     net = meanflow.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["unet"]
     assert (net["channels"], net["size"], net["classes"]) == (3, 32, 10)
     assert Image.open(tmp_path / "run" / "samples.png").size == (10 * 34 + 2, 12 * 34 + 2)

@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from lambda_study import ASSETS, Job, mean_and_range, train_all
+from lambda_study import ASSETS, Job, cell, mean_and_range, train_all
 
 CURRICULA = {  # λ and tangent: (name, colour)
     ("0", "conditional"): ("λ = 0", "#2a7f9e"),
@@ -34,15 +34,6 @@ CURRICULA = {  # λ and tangent: (name, colour)
     ("1 to 0, falling", "mixed"): ("falling, mixed (train_mnist.py)", "#3d7a3d"),
 }
 IMAGES, RATES = (600, 6_000, 60_000), (1, 3, 10)
-
-
-def cell(runs, measure, form):
-    """Return mean (range) of those runs that ended."""
-    values = [run[measure] for run in runs if measure in run]
-    if not values:
-        return "-"
-    mean, low, high = (form.format(value) for value in mean_and_range(values))
-    return f"{mean} ({low} to {high})"
 
 
 def table(title, rows, measures, groups):
@@ -93,10 +84,11 @@ def main():
     few, stable = ({key: [results[job] for job in group] for key, group in groups.items()}
                    for groups in (few, stable))  # fmt: skip
 
-    distance, recall = ("distance", "{:.0f}"), ("recall", "{:.2f}")
-    measures = {"distance": distance, "recall": recall, "nearer": ("memorised", "{:.2f}")}
+    whole, hundredths = "{:.0f} ({:.0f} to {:.0f})", "{:.2f} ({:.2f} to {:.2f})"
+    shared = {"distance": ("distance", whole), "recall": ("recall", hundredths)}
+    measures = shared | {"nearer": ("memorised", hundredths)}
     table("images", IMAGES, measures, few)
-    measures = {"distance": distance, "recall": recall, "norm": ("largest norm", "{:.0f}")}
+    measures = shared | {"norm": ("largest norm", whole)}
     table("learning rate, times", RATES, measures, stable)
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")

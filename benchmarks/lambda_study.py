@@ -152,10 +152,9 @@ def train(task):
     row["cpu"] = time.process_time() - start
     if row["ended"]:
         samples, classes = meanflow.draw(model, SAMPLES), torch.arange(SAMPLES) % 10
-        measures = quality_of(data, out).measure(samples, classes)
-        row |= zip(quality.MEASURES, measures, strict=True)
-        test = quality.as_float(MNIST(data, train=False).data)
-        row["memorised"] = memorised(samples, images.float() / 127.5 - 1, test)
+        measured = quality_of(data, out)
+        row |= zip(quality.MEASURES, measured.measure(samples, classes), strict=True)
+        row["memorised"] = memorised(samples, quality.as_float(images[:, 0]), measured.test)
         save_image(make_grid(samples[:30] / 2 + 0.5, 10, 0), run / "grid.png")
     with open(run / "log.csv") as file:
         norms = [float(line["grad_norm"]) for line in csv.DictReader(file)]
@@ -175,6 +174,12 @@ def mean_and_range(values):
     return sum(values) / len(values), min(values), max(values)
 
 
+def cell(runs, name, form):
+    """Return the mean and range of a measure over the runs that have it, those that ended."""
+    values = [run[name] for run in runs if name in run]
+    return form.format(*mean_and_range(values)) if values else "-"
+
+
 def table(title, jobs, results):
     """Print a row for each λ, a column for each measure and tangent: mean (range of the seeds)."""
     tangents = [*dict.fromkeys(job.tangent for job in jobs)]
@@ -185,9 +190,8 @@ def table(title, jobs, results):
     for schedule in dict.fromkeys(job.schedule for job in jobs):
         row = []
         for measure, tangent in columns:
-            name, form = MEASURES[measure]
             alike = [job for job in jobs if (job.schedule, job.tangent) == (schedule, tangent)]
-            row.append(form.format(*mean_and_range([results[job][name] for job in alike])))
+            row.append(cell([results[job] for job in alike], *MEASURES[measure]))
         print(f"| {schedule} |", " | ".join(row), "|", flush=True)
 
 

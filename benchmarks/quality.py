@@ -93,11 +93,11 @@ class Quality:
 
     def __init__(self, data, cache):
         train, test = meanflow.load_dataset(MNIST, data), MNIST(data, train=False)
-        self.train = as_float(train.data[: len(test.data)])
+        self.train, self.test = as_float(train.data[: len(test.data)]), as_float(test.data)
         self.first = load_classifier(pooling_classifier, Path(cache, "pooling.pt"), train)
         self.second = load_classifier(strided_classifier, Path(cache, "strided.pt"), train)
-        self.real, classes = look(self.first, as_float(test.data))
-        self.second_real, second_classes = look(self.second, as_float(test.data))
+        self.real, classes = look(self.first, self.test)
+        self.second_real, second_classes = look(self.second, self.test)
         correct = (seen == test.targets for seen in (classes, second_classes))
         self.accuracies = [each.float().mean().item() for each in correct]
 
