@@ -643,6 +643,7 @@ def describe(z):
 # Training. If you have a loop of your own, cut the file here -------------------------------------
 
 import argparse
+import atexit
 import json
 import os
 import signal
@@ -693,18 +694,20 @@ def train(model, images, labels, args, *, flip=False):
     parts = {"model": model, "ema": average.module, "adam": adam, "scaler": scaler}
     parts |= {"muon": muon} if muon else {}
 
-    with sole_user(out, rank), noted_signals(world) as stop, process_group(device, world) as group:
+    with sole_user(out, rank), noted_signals(world) as stop:
         state = resume(out, parts, args, rank)
         average.n_averaged.fill_(state["step"])  # at 0 the first update copies the weights
-        group.objective = prepared_objective(model, args, world)
-        recent, lost, mark = [], 0, time.perf_counter()
+        objective = prepared_objective(model, args, device, world)
+        recent, mark = [], time.perf_counter()
+        lost = torch.zeros((), device=device)  # latest steps in a row without a finite gradient
         for step in range(state["step"] + 1, args.steps + 1):
             torch.manual_seed(hash((args.seed, step - 1, rank)))  # leaves no state to resume
             x0, y = draw_batch(images, labels, args.batch_size // world, flip, args.guidance)
             lam, tangent = lambda_and_tangent(step - 1, args)
             with torch.autocast(device.type, PRECISIONS[args.amp], enabled=args.amp != "off"):
-                loss, err = group.objective(x0, lam, y, tangent=tangent)
+                loss, err = objective(x0, lam, y, tangent=tangent)
             norm = update(loss, model, adam, muon, scaler, learning_rate(step, args))
+            lost = torch.where(norm.isfinite(), 0, lost + 1)
             average.update_parameters(model)
             state["step"] = step
 
@@ -716,8 +719,10 @@ def train(model, images, labels, args, *, flip=False):
             if saves or step == 1 or step % args.log_every == 0:
                 now = time.perf_counter()
                 state["seconds"] += now - mark
-                lost = report(state, recent, lost, lam, (now - mark) / len(recent), args, rank)
+                report(state, recent, lam, (now - mark) / len(recent), args, rank)
                 recent, mark = [], now
+                if lost >= PATIENCE:
+                    raise UserError(f"no finite gradient in {lost:.0f} steps up to {step}")
             if rank == 0 and (saves or step == 1):  # from the first step on --resume works
                 save_checkpoint(out, parts, args, state)
             if rank == 0 and saves:
@@ -815,15 +820,10 @@ class Unrounded(TorchFunctionMode):
         return function(*args, **kwargs or {})
 
 
-def report(state, recent, lost, lam, pace, args, rank):
-    """Log the means of the recent steps, `pace` seconds each. `lost` counts the latest steps in a
-    row without a finite gradient; return the new count, and raise UserError if it is too large."""
+def report(state, recent, lam, pace, args, rank):
+    """Log the means of those recent steps that had a finite gradient; they took `pace` seconds."""
     steps, step = torch.stack(recent), state["step"]
     finite = steps[:, 3].isfinite()
-    for at, good in enumerate(finite.tolist(), step - len(recent) + 1):
-        lost = 0 if good else lost + 1
-        if lost == PATIENCE:
-            raise UserError(f"no finite gradient in {lost} steps up to step {at}: a lower --lr?")
     loss, flow, jump, norm = steps[finite].mean(0).tolist()
     row = {"step": step, "loss": loss, "err_flow": flow, "err_jump": jump, "lambda": float(lam)}
     row |= {"grad_norm": norm, "skipped": len(recent) - int(finite.sum())}
@@ -838,35 +838,23 @@ def report(state, recent, lost, lam, pace, args, rank):
         line += f"  {args.batch_size / pace:.0f} images/s  {left // 60}:{left % 60:02} left "
         terminal = sys.stdout is not None and sys.stdout.isatty()
         print(line, end="\033[K\r" if terminal and left else "\n", flush=True)
-    return lost
 
 
-def prepared_objective(model, args, world):
+def prepared_objective(model, args, device, world):
     """Return the Objective of the model, compiled and distributed as the settings say."""
     names = "jump_share", "t_logit", "r_logit", "guidance"
     objective = Objective(model, **{name: getattr(args, name) for name in names})
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # it would split the graph within the JVP
         objective.compile(dynamic=False)
-    return nn.parallel.DistributedDataParallel(objective) if world > 1 else objective
-
-
-@contextmanager
-def process_group(device, world):
-    """Join the processes that torchrun started, if nobody has. Yields a place for the objective,
-    which must go before their group: held last by DistributedDataParallel, its end may hang."""
-    group = argparse.Namespace(objective=None)
-    joins = world > 1 and not dist.is_initialized()
-    if joins:
+    if world == 1:
+        return objective
+    if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield group
-    finally:
-        del group.objective
-        if joins:
-            dist.destroy_process_group()
+        atexit.register(dist.destroy_process_group)  # later than the end of what uses it
+    return nn.parallel.DistributedDataParallel(objective)
 
 
 @contextmanager

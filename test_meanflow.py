@@ -1193,10 +1193,7 @@ def worker(folder):
     """One of the processes that torchrun starts: three trainings, then the gradients of CASES."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     flags = "--steps", "2", "--log-every", "1", "--batch-size", "6", "--out"
-    ends, leave = [], torch.distributed.destroy_process_group
-    torch.distributed.destroy_process_group = lambda: ends.append("would leave the group")
     meanflow.run(train_mnist.main, [*flags, f"{folder}/run", "--data", f"{folder}/data"])
-    assert ends and torch.distributed.is_initialized()  # a group can be joined only once
     images, nets = torch.randint(0, 256, (20, 1, 4, 4), dtype=torch.uint8), []
     nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="eager")
     for out, more in (folder / "eager", []), (folder / "compiled", ["--compile"]):
@@ -1207,8 +1204,6 @@ def worker(folder):
         nets.append(net.state_dict())
     grads = [joined_gradient(rank, world, *case) for case in CASES]
     torch.save((grads, nets), folder / f"{rank}.pt")
-    assert len(ends) == 1
-    leave()
 
 
 def test_two_processes_make_one_training(tmp_path):
@@ -1356,9 +1351,10 @@ def test_an_isolated_nan_skips_that_update(training, tmp_path, monkeypatch):
 
 
 def test_lasting_nans_end_training_with_a_good_checkpoint(training, tmp_path, monkeypatch):
-    at_step(range(4, 24), monkeypatch, lambda x0: x0.fill_(math.nan))
+    at_step(range(4, 99), monkeypatch, lambda x0: x0.fill_(math.nan))
     error = one_line(training("--steps", 60, "--log-every", 10, "--save-every", 5))
-    assert "in 20 steps up to step 23" in error  # though step 24 was good again
+    assert "in 22 steps up to 25" in error
+    assert [int(row["skipped"]) for row in log(tmp_path / "run")] == [0, 2, 5, 5, 5, 5]
     assert all(value.isfinite().all() for value in weights(tmp_path / "run"))
 
 

@@ -6,8 +6,9 @@ The paper's summary says that a rising λ trains stably, and well where data are
 - Few data: the same steps on 600, 6,000 and 60,000 images. Distance and recall of 5,000 one-step
   samples against the test images, and the share of samples nearer to a training image than to any
   of as many test images: a half where nothing is memorised.
-- Stability: the learning rate of the recipe times 1, 3 and 10, fewer steps. How many trainings end,
-  how large the gradient's norm gets (mean of ten steps, before it is clipped at 20), the distance.
+- Stability: the learning rate of the recipe times 1, 3 and 10. How many trainings end, how large
+  the gradient's norm gets in their second half, where the risen λ is 1 and the fallen one 0 (means
+  of ten steps, before it is clipped at 20), and the distance.
 
 Prints two tables, mean (range of the seeds), and draws assets/claims.png. Network and recipe are
 those of lambda_study.py. A finished training in --out is not repeated. Needs matplotlib.
@@ -65,8 +66,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="data", help="folder of MNIST")
     parser.add_argument("--out", default="runs/claims", help="folder for the runs")
-    parser.add_argument("--steps", type=int, default=500, help="on few data")
-    parser.add_argument("--short", type=int, default=200, help="at each learning rate")
+    parser.add_argument("--steps", type=int, default=500, help="of each training")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=2, help="trainings at once, a core each")
     args = parser.parse_args()
@@ -76,11 +76,11 @@ def main():
             job = Job(*curriculum, seed, args.steps, images=images)
             few.setdefault((curriculum, images), []).append(job)
         for rate in RATES:
-            job = Job(*curriculum, seed, args.short, rate=rate)
+            job = Job(*curriculum, seed, args.steps, rate=rate)
             stable.setdefault((curriculum, rate), []).append(job)
     jobs = [job for groups in (few, stable) for group in groups.values() for job in group]
-    jobs.sort(key=lambda job: job.seed)
-    results = train_all(jobs, args)
+    jobs = dict.fromkeys(jobs)  # the whole data at the recipe's rate are in both
+    results = train_all(sorted(jobs, key=lambda job: job.seed), args)
     few, stable = ({key: [results[job] for job in group] for key, group in groups.items()}
                    for groups in (few, stable))  # fmt: skip
 
