@@ -11,7 +11,7 @@ Conventions, the same in the code, the docstrings and the README
     x_t        (1 - t) x0 + t x1, the path
     v          x1 - x0, the velocity along it
     u(x, r, t) the average velocity from r to t, what the network learns: x_r = x_t - (t - r) u
-    dudt       du/dt along the path, one Jacobian-vector product along (v, 0, 1)
+    dudt       du/dt, one Jacobian-vector product along (velocity, 0, 1)
     lam        λ in [0, 1], the share of dudt's own gradient that is kept
 
 Use
@@ -57,7 +57,7 @@ def sample_times(n, *, jump_share=0.25, t_logit=(-0.4, 1.0), r_logit=None, devic
     """Draw n pairs of times 0 <= r <= t <= 1 and return (r, t), both (n,).
 
     n           number of pairs, at least 1
-    jump_share  share of the pairs that jump, r < t, in [0, 1]; they come first, the others have
+    jump_share  share of the pairs whose r is drawn, in [0, 1]; they come first, the others have
                 r = t. Where n is too small for both kinds, it is the share on average
     t_logit     mean and standard deviation of the normal draws of logit(t)
     r_logit     the same for r, then clipped to t; None: r and t are two draws of t_logit, sorted
@@ -77,11 +77,14 @@ def sample_times(n, *, jump_share=0.25, t_logit=(-0.4, 1.0), r_logit=None, devic
 
 
 def number_of_jumps(n, jump_share):
-    """Return how many of n samples have r < t: always as many, unless n is too small for both."""
-    check_share(n, jump_share)
+    """Return how many of n pairs jump: the same number every time, unless n is too small for it."""
+    if not (isinstance(n, Integral) and n >= 1):
+        raise ValueError(f"n must be a positive integer, got {n!r}")
+    if not is_number(jump_share, 0, 1):
+        raise ValueError(f"jump_share must be in [0, 1], got {describe(jump_share)}")
     jumps = round(jump_share * n)
     if jumps in (0, n) and 0 < jump_share < 1:
-        jumps = int(jump_share * n + torch.rand(()))  # on the CPU, which waits for no device
+        jumps = int(jump_share * n + torch.rand((), device="cpu"))  # which waits for no GPU
     return jumps
 
 
@@ -134,7 +137,7 @@ def evaluate(model, x, r, t, y=None):
     precision can hold.
     """
     inputs = (x, r, t) if y is None else (x, r, t, y)
-    u = model(*(z.clone() for z in inputs))  # it may change what it is given in place
+    u = model(*(z.clone() for z in inputs))  # the model may change what it is given in place
     if not torch.is_tensor(u) or u.shape != x.shape:
         raise ValueError(f"model must return a tensor {tuple(x.shape)}, got {describe(u)}")
     return u.to(torch.promote_types(x.dtype, torch.float32))
@@ -162,14 +165,14 @@ def total_derivative(model, x_t, r, t, v, y=None, *, gradients=True):
     gradients=False returns du/dt as a constant, for which the rules below keep no graph.
     """
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-        # in which du/dt would be 0 on torch 2.11
+        # inference mode would make du/dt zero on torch 2.11
         raise RuntimeError("a derivative needs torch.no_grad(), not torch.inference_mode()")
     net = lambda x, r, t: evaluate(model, x, r, t, y)
     directions = v, torch.zeros_like(r), torch.ones_like(t)
     # attention by torch's math backend, as the fused kernels have no forward mode
     with sdpa_kernel(SDPBackend.MATH), DerivativeRules(gradients):
         u, dudt = torch.func.jvp(net, (x_t, r, t), directions)
-    return u, dudt if gradients else dudt.detach()
+    return u, (dudt if gradients else dudt.detach())
 
 
 def meanflow_loss(
@@ -184,11 +187,12 @@ def meanflow_loss(
     lam       λ in [0, 1], number or 0-dim tensor: 0 is MeanFlow's loss, 1 differentiates all of e
     x1        noise, shaped like x0; if not given, drawn from N(0, I)
     r, t      times (B,), 0 <= r <= t <= 1; if not given, drawn by `sample_times` with jump_share,
-              t_logit and r_logit: r < t for the first samples of the batch, so shuffle it
+              t_logit and r_logit: the first samples of the batch jump, so shuffle it
     tangent   direction of du/dt: "conditional", the paper's v, or "marginal", u(x_t, t, t); with
               the latter, for p = 0, the true u is stationary for every λ. It takes one more
-              forward pass where r < t, with a dropout mask of its own
-    guidance  ω of `guided_velocity`, for labels (B,), at one more forward pass; 1 is none
+              forward pass of the jumps, with a dropout mask of its own
+    guidance  ω; unless it is 1, `guided_velocity` takes the place of v, at one more forward pass,
+              which calls the model without labels. Needs labels y (B,)
     p, c      power >= 0 and offset > 0 of the adaptive weight; p = 0 is the plain squared error,
               larger ones move what is learned from the mean towards the mode
     Returns the scalar loss and, for a log, the detached mean of e² in each sample, (B,).
@@ -222,7 +226,7 @@ def meanflow_loss(
 
     e = u + expand(t - r, u) * sg_lambda(dudt, lam) - v
     square = e.flatten(1).square().sum(1)  # ||e||², (B,)
-    weight = 1 / (square.detach() + c) ** p
+    weight = (square.detach() + c) ** -p
     return (weight * square).mean(), square.detach() / e[0].numel()
 
 
@@ -260,9 +264,9 @@ def sample(model, x1, *, steps=1, y=None, times=None):
     if not (torch.is_tensor(x1) and x1.is_floating_point() and x1.ndim > 1):
         raise ValueError(f"x1 must be a float tensor (B, ...), got {describe(x1)}")
     check_label_count(y, x1)
-    x, training = x1, []
-    if isinstance(model, nn.Module):
-        training = [module for module in model.modules() if module.training]
+    x = x1
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    training = [module for module in modules if module.training]
     try:
         for module in training:
             module.training = False
@@ -301,8 +305,8 @@ class DerivativeRules(TorchFunctionMode):
     within another function of torch's, as multi-head attention, are not seen. Two rules are needed
     for right gradients: PyTorch's derivatives of layer norm and instance norm treat mean and
     deviation as constants when differentiated again, as λ > 0 does. Its derivatives of group norm
-    and batch norm do not compile, and that of a product also multiplies by the tangent of the
-    weights, zero. All else is left to PyTorch.
+    and batch norm do not compile. That of a convolution also convolves with the tangent of the
+    kernel, though it is zero. All else is left to PyTorch.
     gradients=False keeps no graph of the tangents that the rules make, as λ = 0 allows.
     """
 
@@ -316,27 +320,23 @@ class DerivativeRules(TorchFunctionMode):
             return function(*args, **kwargs)
         x, *rest = args or [kwargs.pop("input")]
         x, dx = forward_ad.unpack_dual(x)
-        y = function(x, *rest, **kwargs)
-        if dx is None:
+        y, dy = forward_ad.unpack_dual(function(x, *rest, **kwargs))
+        if dx is None and dy is None:
             return y
+        dx = torch.zeros_like(x) if dx is None else dx
         with nullcontext() if self.gradients else torch.no_grad():
-            dy = rule(function, x, dx, *rest, **kwargs).to(y.dtype)
-        return forward_ad.make_dual(forward_ad.unpack_dual(y).primal, dy)
+            dy = rule(function, dy, x, dx, *rest, **kwargs).to(y.dtype)
+        return forward_ad.make_dual(y, dy)
 
 
-def unpacked(parameter):
-    """Return a weight or bias and its tangent, which it has if it depends on x or t; or Nones."""
-    return (None, None) if parameter is None else forward_ad.unpack_dual(parameter)
+# A rule takes the function, dy, x, dx and the function's further arguments, and returns the tangent
+# of y. The dy it is given is what PyTorch makes of weights that depend on x or t, too, mostly None
 
 
-def linear(function, x, dx, weight, bias=None, *args, **kwargs):
-    """y = W x + b, W a matrix or a kernel:  dy = W dx + dW x + db."""
-    (weight, dweight), (_, dbias) = unpacked(weight), unpacked(bias)
-    dy = function(dx, weight, None, *args, **kwargs)
-    if dweight is not None or dbias is not None:
-        dweight = torch.zeros_like(weight) if dweight is None else dweight
-        dy = dy + function(x, dweight, dbias, *args, **kwargs)
-    return dy
+def linear(function, dy, x, dx, weight, bias=None, *args, **kwargs):
+    """y = W x + b, W a matrix or a kernel:  dy = W dx, and dW x + db, which PyTorch has right."""
+    product = function(dx, forward_ad.unpack_dual(weight).primal, None, *args, **kwargs)
+    return product if dy is None else product + dy
 
 
 def normalized(x, dx, groups, eps):
@@ -357,39 +357,46 @@ def normalized(x, dx, groups, eps):
 
 def scaled(n, dn, weight, bias, like):
     """y = w n + b:  dy = w dn + dw n + db, with w and b in the shape that `like` gives them."""
-    (weight, dweight), (_, dbias) = unpacked(weight), unpacked(bias)
-    dy = dn if weight is None else like(weight) * dn
-    dy = dy if dweight is None else dy + like(dweight) * n
-    return dy if dbias is None else dy + like(dbias)
+    y = forward_ad.make_dual(n, dn)
+    y = y if weight is None else like(weight) * y
+    y = y if bias is None else y + like(bias)
+    return forward_ad.unpack_dual(y).tangent
 
 
-def layer_norm(
-    function, x, dx, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True
-):
+def layer_norm(function, dy, x, dx, normalized_shape, weight=None, bias=None, eps=1e-5,
+               cudnn_enable=True):  # fmt: skip
     n, dn = normalized(x, dx, x.numel() // math.prod(normalized_shape), eps)
     return scaled(n, dn, weight, bias, like=lambda w: w)
 
 
-def group_norm(function, x, dx, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
+def group_norm(function, dy, x, dx, num_groups, weight=None, bias=None, eps=1e-5,
+               cudnn_enabled=True):  # fmt: skip
     n, dn = normalized(x, dx, len(x) * num_groups, eps)
-    return scaled(n, dn, weight, bias, like=lambda w: expand(w, x[0]))  # (C,) -> (C, 1, ...)
+    return scaled(n, dn, weight, bias, like=lambda w: w.view(-1, *[1] * (x.ndim - 2)))  # (C, 1, ..)
 
 
-def batch_norm(function, x, dx, running_mean, running_var, weight=None, bias=None, training=False,
-               momentum=0.1, eps=1e-5):  # fmt: skip
+def batch_norm(function, dy, x, dx, running_mean, running_var, weight=None, bias=None,
+               training=False, momentum=0.1, eps=1e-5):  # fmt: skip
     """y = w n + b, n = (x - running mean) / running std:  dn = dx / running std."""
     if training:
         raise ValueError("model must treat samples one by one; batch norm mixes them in training")
-    like = lambda w: expand(w, x[0])
+    like = lambda w: w.view(-1, *[1] * (x.ndim - 2))  # (C, 1, ...)
     rstd = like((running_var + eps).rsqrt())
     return scaled((x - like(running_mean)) * rstd, dx * rstd, weight, bias, like)
 
 
-def instance_norm(function, x, dx, running_mean=None, running_var=None, weight=None, bias=None,
+def instance_norm(function, dy, x, dx, running_mean=None, running_var=None, weight=None, bias=None,
                   use_input_stats=True, momentum=0.1, eps=1e-5):  # fmt: skip
     if use_input_stats:
-        return group_norm(function, x, dx, x.shape[1], weight, bias, eps)
-    return batch_norm(function, x, dx, running_mean, running_var, weight, bias, eps=eps)
+        return group_norm(function, dy, x, dx, x.shape[1], weight, bias, eps)
+    return batch_norm(function, dy, x, dx, running_mean, running_var, weight, bias, eps=eps)
+
+
+def torch_instance_norm(function, dy, x, dx, weight, bias, running_mean, running_var,
+                        use_input_stats, momentum, eps, cudnn_enabled):  # fmt: skip
+    """The same, called by torch.instance_norm, whose arguments come in another order."""
+    options = running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+    return instance_norm(function, dy, x, dx, *options)
 
 
 RULES = {
@@ -402,9 +409,7 @@ RULES = {
     F.group_norm: group_norm,
     torch.group_norm: group_norm,
     F.instance_norm: instance_norm,
-    torch.instance_norm: lambda function, x, dx, weight, bias, mean, var, *rest: instance_norm(
-        function, x, dx, mean, var, weight, bias, *rest[:3]
-    ),
+    torch.instance_norm: torch_instance_norm,
     F.batch_norm: batch_norm,
 }
 
@@ -516,7 +521,7 @@ class UNet(nn.Module):
     attention    number of levels with self-attention, counted from the lowest
     patch        side of the square of pixels that becomes one pixel of the first level
     classes      number of labels, 0 for none; a missing or negative y is "no label"
-    dropout      probability in [0, 1)
+    dropout      probability, as in nn.Dropout
     Raises ValueError for sizes that are not positive or do not divide.
     """
 
@@ -529,7 +534,7 @@ class UNet(nn.Module):
         self.config = config  # what a checkpoint needs to build the network again
         self.shape, self.patch, self.classes = (channels, size, size), patch, classes
         widths = [width * multiplier for multiplier in multipliers]
-        if not widths or min(channels, size, patch, blocks, *widths) < 1:
+        if not widths or min(channels, size, patch, blocks, *widths, 1 + classes) < 1:
             raise ValueError(f"sizes must be positive, got {config}")
         unit = patch * 2 ** (len(widths) - 1)
         if size % unit:
@@ -555,9 +560,9 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.last(F.silu(self.norm(h))), self.patch)
 
     def check_labels(self, y, r):
-        integer = torch.is_tensor(y) and y.dtype in (torch.int32, torch.int64)
+        integer = torch.is_tensor(y) and y.dtype == torch.int64
         if not (integer and y.shape == r.shape and self.classes):
-            wanted = f"int64 {tuple(r.shape)}" if self.classes else "left out, without classes"
+            wanted = f"int64 {tuple(r.shape)}" if self.classes else "left out: no classes"
             raise ValueError(f"y must be {wanted}, got {describe(y)}")
         if is_free_to_read(y) and y.max() >= self.classes:
             raise ValueError(f"y must be below {self.classes}, got {y.max()}")
@@ -586,13 +591,6 @@ def check_arguments(x0, y, lam, tangent, guidance, p, c):
         raise ValueError(f"p must be >= 0 and c > 0, got p={describe(p)}, c={describe(c)}")
 
 
-def check_share(n, jump_share):
-    if not (isinstance(n, Integral) and n >= 1):
-        raise ValueError(f"n must be a positive integer, got {n!r}")
-    if not is_number(jump_share, 0, 1):
-        raise ValueError(f"jump_share must be in [0, 1], got {describe(jump_share)}")
-
-
 def check_logit(name, logit):
     pair = isinstance(logit, (tuple, list)) and len(logit) == 2
     if not (pair and is_number(logit[0]) and is_number(logit[1], 0)):
@@ -603,11 +601,11 @@ def check_times(r, t, x0):
     if r is None or t is None:
         raise ValueError("r and t must be given together")
     one_each = x0.flatten(1)[:, 0]
-    r, t = alike("r", r, one_each), alike("t", t, one_each)
+    alike("r", r, one_each), alike("t", t, one_each)
     wrong = ~((r >= 0) & (r <= t) & (t <= 1))
     if not torch.compiler.is_compiling() and wrong.any():
-        r, t = r[wrong][0].item(), t[wrong][0].item()
-        raise ValueError(f"need 0 <= r <= t <= 1, got a sample with r = {r}, t = {t}")
+        pair = f"r = {r[wrong][0].item()}, t = {t[wrong][0].item()}"
+        raise ValueError(f"need 0 <= r <= t <= 1, got a sample with {pair}")
 
 
 def check_label_count(y, x):
@@ -659,9 +657,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 FORMAT = "meanflow 6"  # of checkpoints
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 CLIP = 20.0  # largest norm of the gradient
-MUON_RATE = 2.5  # learning rate of Muon, in those of Adam
+MUON_RATE = 2.5  # learning rate of Muon as a multiple of Adam's
 LABEL_DROPOUT = 0.1  # share of labels that guidance takes away
 PATIENCE = 20  # steps in a row without a finite gradient
+# settings that may change on --resume
 MAY_CHANGE = {"data", "out", "device", "compile", "resume", "log_every", "save_every"}
 
 
@@ -689,7 +688,7 @@ def train(model, images, labels, args, *, flip=False):
     model.to(device).train()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
     adam = torch.optim.Adam(model.parameters(), betas=(0.9, args.beta2), fused=True)
-    muon = Muon(inner_kernels(model)) if args.optimizer == "muon" else None
+    muon = Muon(model) if args.optimizer == "muon" else None
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     parts = {"model": model, "ema": average.module, "adam": adam, "scaler": scaler}
     parts |= {"muon": muon} if muon else {}
@@ -701,12 +700,13 @@ def train(model, images, labels, args, *, flip=False):
         recent, mark = [], time.perf_counter()
         lost = torch.zeros((), device=device)  # latest steps in a row without a finite gradient
         for step in range(state["step"] + 1, args.steps + 1):
-            torch.manual_seed(hash((args.seed, step - 1, rank)))  # leaves no state to resume
+            # seeded by the step, so that there is no state of random numbers to save
+            torch.manual_seed(hash((args.seed, step - 1, rank)))
             x0, y = draw_batch(images, labels, args.batch_size // world, flip, args.guidance)
             lam, tangent = lambda_and_tangent(step - 1, args)
             with torch.autocast(device.type, PRECISIONS[args.amp], enabled=args.amp != "off"):
                 loss, err = objective(x0, lam, y, tangent=tangent)
-            norm = update(loss, model, adam, muon, scaler, learning_rate(step, args))
+            norm = update(loss, model, adam, muon, scaler, learning_rate(step - 1, args))
             lost = torch.where(norm.isfinite(), 0, lost + 1)
             average.update_parameters(model)
             state["step"] = step
@@ -716,13 +716,14 @@ def train(model, images, labels, args, *, flip=False):
             recent.append(torch.stack(means))  # on the device, which is not waited for
             signalled = stop[0] if stop else None  # read once: it may come any time
             saves = signalled or step == args.steps or step % args.save_every == 0
-            if saves or step == 1 or step % args.log_every == 0:
-                now = time.perf_counter()
-                state["seconds"] += now - mark
-                report(state, recent, lam, (now - mark) / len(recent), args, rank)
-                recent, mark = [], now
-                if lost >= PATIENCE:
-                    raise UserError(f"no finite gradient in {lost:.0f} steps up to {step}")
+            if not (saves or step == 1 or step % args.log_every == 0):
+                continue
+            measured = torch.stack(recent).cpu()
+            seconds = time.perf_counter() - mark
+            state["seconds"] += seconds
+            report(state, measured, lam, seconds / len(measured), args, rank)
+            if lost >= PATIENCE:
+                raise UserError(f"no finite gradient in {lost:.0f} steps up to {step}")
             if rank == 0 and (saves or step == 1):  # from the first step on --resume works
                 save_checkpoint(out, parts, args, state)
             if rank == 0 and saves:
@@ -730,6 +731,7 @@ def train(model, images, labels, args, *, flip=False):
             if signalled and step < args.steps:
                 print(f"\nstopped after step {step}; the same command with --resume goes on")
                 raise SystemExit(128 + signalled)
+            recent, mark = [], time.perf_counter()  # saving is no part of the pace
         if rank == 0:
             grids = [draw(average.module, 40, steps=n, seed=args.seed) for n in (1, 2, 4)]
             save_images(torch.cat(grids), out / "samples.png")
@@ -748,23 +750,26 @@ def draw_batch(images, labels, n, flip, guidance):
 
 
 def lambda_and_tangent(step, args):
-    """Return λ, a number or for the compiler a tensor, and the direction of du/dt."""
+    """Return λ of a step, counted from 0, and the direction of du/dt.
+
+    λ is a number, or for the compiler a tensor: a number would be a constant of the graph.
+    """
     curriculum = {"warmup": args.lambda_warmup, "maximum": args.lambda_max}
-    lam = lambda_schedule(args.lambda_schedule, **curriculum)(step)
-    fallen = args.lambda_schedule == "falling" and lam == 0
-    modulated = args.lambda_max > 0 and not fallen  # a rising λ from step 0 on: one graph
+    schedule = lambda_schedule(args.lambda_schedule, **curriculum)
+    lam = schedule(step)
+    modulated = max(lam, schedule(args.steps)) > 0  # now or later, so that one graph serves both
     tangent = args.tangent
     if tangent == "mixed":  # λ > 0 along the conditional one costs variety, see the README
         tangent = "marginal" if modulated else "conditional"
-    if args.compile and modulated:  # a number would be a constant of the graph
+    if args.compile and modulated:
         lam = torch.full((), lam, device=args.device)
     return lam, tangent
 
 
 def learning_rate(step, args):
-    """Return the rate of a step, counted from 1: it rises during the warm-up, and may decay."""
-    rise = min(1.0, step / args.lr_warmup)
-    decay = (1 + math.cos(math.pi * (step - 1) / args.steps)) / 2 if args.lr_decay else 1.0
+    """Return the rate of a step, counted from 0: it rises during the warm-up, and may decay."""
+    rise = min(1.0, (step + 1) / args.lr_warmup)
+    decay = (1 + math.cos(math.pi * step / args.steps)) / 2 if args.lr_decay else 1.0
     return args.lr * rise * decay
 
 
@@ -785,21 +790,18 @@ def update(loss, model, adam, muon, scaler, lr):
     return norm
 
 
-def inner_kernels(model):
-    """Return the weights of the convolutions between the first and the last one of a UNet."""
-    return [layer.weight for layer in model.levels.modules() if isinstance(layer, nn.Conv2d)]
-
-
 class Muon(torch.optim.Muon):
-    """torch's Muon for kernels, each seen as a matrix (outputs, all else) that shares its storage.
+    """torch's Muon for the convolutions of a UNet between the first and the last one.
 
-    With the lengths of updates that Adam would take, after Liu et al. 2025, arXiv:2502.16982, and
-    torch's default weight decay of 0.1.
+    It sees each kernel as a matrix (outputs, all else) that shares the kernel's storage. Updates
+    have the lengths that Adam's would have, after Liu et al. 2025, arXiv:2502.16982, and weights
+    decay by torch's default of 0.1.
     """
 
-    def __init__(self, kernels):
-        self.kernels = kernels
-        matrices = [nn.Parameter(kernel.detach().view(len(kernel), -1)) for kernel in kernels]
+    def __init__(self, model):
+        layers = [layer for layer in model.levels.modules() if isinstance(layer, nn.Conv2d)]
+        self.kernels = [layer.weight for layer in layers]
+        matrices = [nn.Parameter(kernel.detach().view(len(kernel), -1)) for kernel in self.kernels]
         super().__init__(matrices, adjust_lr_fn="match_rms_adamw")
 
     def step(self, finite):
@@ -807,11 +809,11 @@ class Muon(torch.optim.Muon):
         for matrix, kernel in zip(self.param_groups[0]["params"], self.kernels, strict=True):
             matrix.grad, kernel.grad = kernel.grad.flatten(1), None
         if finite:
-            with Unrounded():
+            with Float32OnCPU():
                 super().step()
 
 
-class Unrounded(TorchFunctionMode):
+class Float32OnCPU(TorchFunctionMode):
     """Keep float32 where Muon asks for bfloat16, which a CPU without it imitates, slowly."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -820,13 +822,17 @@ class Unrounded(TorchFunctionMode):
         return function(*args, **kwargs or {})
 
 
-def report(state, recent, lam, pace, args, rank):
-    """Log the means of those recent steps that had a finite gradient; they took `pace` seconds."""
-    steps, step = torch.stack(recent), state["step"]
-    finite = steps[:, 3].isfinite()
-    loss, flow, jump, norm = steps[finite].mean(0).tolist()
+def report(state, measured, lam, pace, args, rank):
+    """Add a row to the log in `state`, of the steps whose gradient is finite, and show it.
+
+    measured  loss, both errors and the gradient's norm of each step since the last row, (n, 4); of
+              several processes, those of this one
+    pace      seconds a step took
+    """
+    step, finite = state["step"], measured[:, 3].isfinite()
+    loss, flow, jump, norm = measured[finite].mean(0).tolist()
     row = {"step": step, "loss": loss, "err_flow": flow, "err_jump": jump, "lambda": float(lam)}
-    row |= {"grad_norm": norm, "skipped": len(recent) - int(finite.sum())}
+    row |= {"grad_norm": norm, "skipped": int((~finite).sum())}
     row |= {"images_per_second": args.batch_size / pace, "seconds": state["seconds"]}
     state["log"].append(row)
     if rank == 0:
@@ -853,7 +859,7 @@ def prepared_objective(model, args, device, world):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)  # later than the end of what uses it
+        atexit.register(dist.destroy_process_group)  # when nothing uses it any more
     return nn.parallel.DistributedDataParallel(objective)
 
 
@@ -977,8 +983,7 @@ def replacing(file):
         reason = getattr(error, "strerror", None) or "is the disk full?"
         raise UserError(f"cannot write {file}: {reason}") from error
     finally:
-        if temporary.exists():
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def load_dataset(dataset, folder):
@@ -1012,15 +1017,11 @@ def draw(model, num, *, steps=1, seed=0, label=None):
     """Return `num` images (num, C, H, W) of a UNet from fixed noise, its classes taken in turn or
     all of one label."""
     x1 = torch.randn(num, *model.shape, generator=torch.Generator().manual_seed(seed))
-    x1 = x1.to(next(model.parameters()).device)
-    y = None
-    if model.classes:
-        y = torch.arange(num, device=x1.device) % model.classes
-        y = y if label is None else torch.full_like(y, label)
-    batches = x1.split(500)
-    labels = [None] * len(batches) if y is None else y.split(500)
-    draws = [sample(model, x, steps=steps, y=k) for x, k in zip(batches, labels, strict=True)]
-    return torch.cat(draws)
+    y = torch.arange(num) % max(1, model.classes) if label is None else torch.full((num,), label)
+    device, images = next(model.parameters()).device, []
+    for x, k in zip(x1.to(device).split(500), y.to(device).split(500), strict=True):
+        images.append(sample(model, x, steps=steps, y=k if model.classes else None))
+    return torch.cat(images)
 
 
 def save_images(images, file):
@@ -1028,7 +1029,7 @@ def save_images(images, file):
     from torchvision.utils import save_image
 
     with replacing(file) as temporary:
-        save_image(images, temporary, nrow=10, normalize=True, value_range=(-1, 1), format="png")
+        save_image(images, temporary, nrow=10, normalize=True, value_range=(-1, 1))
 
 
 # The command line --------------------------------------------------------------------------------
@@ -1045,7 +1046,7 @@ class Parser(argparse.ArgumentParser):
 
 def run(main, argv=None):
     """Call main(argv) for a script: a mistake of the user's ends it with one line and status 2."""
-    warnings.filterwarnings("ignore", ".*torch.jit.script", FutureWarning)  # torch's own affair
+    warnings.filterwarnings("ignore", ".*torch.jit.script", FutureWarning)  # of torch's own code
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
     try:
         main(argv)
@@ -1137,15 +1138,19 @@ def completed(args, world):
         raise UserError("--amp fp16 needs a GPU; --amp bf16 does not")
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size} does not divide by {world} processes")
-    if args.lambda_schedule is None and (args.lambda_max, args.lambda_warmup) != (None, None):
-        raise UserError("--lambda-max and --lambda-warmup need a --lambda-schedule")
+    part = args.batch_size // world
+    if 0 < args.jump_share < 1 and round(args.jump_share * part) in (0, part):
+        raise UserError(f"--jump-share {args.jump_share} of {part} images is none or all of them")
     if args.lambda_schedule is None:
+        if (args.lambda_max, args.lambda_warmup) != (None, None):
+            raise UserError("--lambda-max and --lambda-warmup need a --lambda-schedule")
         args.lambda_schedule, args.lambda_max = "constant", 0.0
+    if args.lambda_max is None:
+        args.lambda_max = 1.0
     if args.lambda_schedule == "constant":
-        args.lambda_warmup = args.lambda_warmup or 1  # means nothing, so let it not change
-    args.lr_warmup = args.lr_warmup or max(1, args.steps // 50)
-    args.lambda_max = 1.0 if args.lambda_max is None else args.lambda_max
+        args.lambda_warmup = 1  # unused; the same for --resume, whatever the number of steps
     args.lambda_warmup = args.lambda_warmup or max(1, args.steps // 4)
+    args.lr_warmup = args.lr_warmup or max(1, args.steps // 50)
     if args.lambda_warmup > args.steps:
         raise UserError(f"--lambda-warmup {args.lambda_warmup} is beyond --steps {args.steps}")
     for flag, pair in ("--t-logit", args.t_logit), ("--r-logit", args.r_logit):

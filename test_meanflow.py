@@ -427,6 +427,17 @@ class SelfAttention(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0]
 
 
+class NormOfWeights(nn.Module):
+    """A layer norm whose input does not depend on x, but its weight does."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(features, features))
+
+    def forward(self, x):
+        return F.layer_norm(self.rows.tanh(), x.shape[1:], weight=x.sum(0))[: len(x)]
+
+
 class Calls(nn.Module):
     def __init__(self, function):
         super().__init__()
@@ -465,9 +476,11 @@ LAYERS = {  # a layer and the shape of a sample
     "F.layer_norm by names": (
         Calls(lambda x: F.layer_norm(input=x, normalized_shape=(6,), eps=1e-3)), VECTOR),
     "torch.instance_norm": (
-        Calls(lambda x: torch.instance_norm(x, None, None, None, None, True, 0.1, 1e-5, False)),
-        IMAGE,
-    ),
+        Calls(lambda x: torch.instance_norm(
+            x, None, None, running_mean=None, running_var=None, use_input_stats=True,
+            momentum=0.1, eps=1e-5, cudnn_enabled=False
+        )), IMAGE),
+    "a layer norm of weights, whose own weight depends on x": (NormOfWeights(6), VECTOR),
     "a layer norm whose weight depends on x": (
         Calls(lambda x: F.layer_norm(x, (6,), x.mean(0), x.sin().sum(0))), VECTOR),
     "an instance norm whose weight depends on x": (
@@ -824,6 +837,7 @@ batch_norm = lambda x, r, t: F.batch_norm(x * t[:, None], None, None, training=T
         (lambda: lambda_schedule("linear", warmup=None), "warmup must.*None"),
         (lambda: UNet(1, size=8, patch=0), "sizes must be positive.*'patch': 0"),
         (lambda: UNet(1, size=8, multipliers=()), "sizes must be positive"),
+        (lambda: UNet(1, size=8, classes=-1), "sizes must be positive.*'classes': -1"),
         (lambda: lambda_schedule("step", warmup=1), "name must be.*'step'"),
         (lambda: lambda_schedule("linear", warmup=-1), "warmup must be.*-1"),
         (lambda: lambda_schedule("linear", warmup=1, maximum=1.1), "maximum must be.*1.1"),
@@ -1121,9 +1135,9 @@ def test_lambda_and_tangent_of_a_step(flags, compiled, lams, tangents):
 
 def test_the_learning_rate_rises_and_decays():
     args = meanflow.train_parser("", lr_warmup=2, steps=100, lr=2.0).parse_args([])
-    assert [meanflow.learning_rate(step, args) for step in (1, 2, 3, 100)] == [1, 2, 2, 2]
+    assert [meanflow.learning_rate(step, args) for step in (0, 1, 2, 99)] == [1, 2, 2, 2]
     args.lr_decay = True
-    rates = [meanflow.learning_rate(step, args) for step in range(2, 101)]
+    rates = [meanflow.learning_rate(step, args) for step in range(1, 100)]
     assert rates == sorted(rates, reverse=True) and rates[49] == pytest.approx(1.0, abs=0.02)
     assert 0 < rates[-1] < 0.002
 
@@ -1131,7 +1145,7 @@ def test_the_learning_rate_rises_and_decays():
 def test_muon_takes_the_inner_kernels_and_adam_the_rest():
     """Adam's first step is lr everywhere; Muon's largest singular value gives it that size, too."""
     net = small_unet(size=8).float()
-    muon = meanflow.Muon(meanflow.inner_kernels(net))
+    muon = meanflow.Muon(net)
     adam = torch.optim.Adam(net.parameters(), fused=True)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
@@ -1346,7 +1360,7 @@ def test_an_isolated_nan_skips_that_update(training, tmp_path, monkeypatch):
     checkpoint = meanflow.load_checkpoint(tmp_path / "run" / "checkpoint.pt")
     assert {int(parameter["step"]) for parameter in checkpoint["adam"]["state"].values()} == {4}
     momenta = [kernel["momentum_buffer"] for kernel in checkpoint["muon"]["state"].values()]
-    assert len(momenta) == len(meanflow.inner_kernels(UNet(**checkpoint["unet"])))
+    assert len(momenta) == len(meanflow.Muon(UNet(**checkpoint["unet"])).kernels)
     assert all(momentum.isfinite().all() for momentum in momenta)
 
 
@@ -1443,9 +1457,12 @@ def test_a_curriculum_without_a_schedule_is_refused():
             meanflow.completed(args, world=1)
 
 
-def test_a_batch_that_does_not_divide_by_the_processes_is_refused():
+def test_a_batch_that_cannot_be_divided_is_refused():
+    args = meanflow.train_parser("").parse_args([])
     with pytest.raises(meanflow.UserError, match=r"--batch-size 64.*3 processes"):
-        meanflow.completed(meanflow.train_parser("").parse_args([]), world=3)
+        meanflow.completed(args, world=3)
+    with pytest.raises(meanflow.UserError, match=r"--jump-share 0.25 of 1 images"):
+        meanflow.completed(args, world=64)
 
 
 @pytest.mark.parametrize("main", [train_mnist.main, train_cifar.main, meanflow.main])

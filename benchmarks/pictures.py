@@ -15,6 +15,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import LogLocator, NullLocator
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -155,14 +156,19 @@ def draw_log(file):
     errors.plot(column("step"), column("err_jump"), color=JUMP, label="err_jump, r < t")
     errors.plot(column("step"), column("err_flow"), color=DATA, label="err_flow, r = t")
     errors.set(yscale="log", ylabel="squared error")
+    errors.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     errors.yaxis.set_major_formatter("{x:g}")
-    errors.yaxis.set_minor_formatter("{x:g}")
+    errors.yaxis.set_minor_locator(NullLocator())
     errors.legend(frameon=False, loc="center right")
     curriculum.plot(column("step"), column("lambda"), color="black")
     curriculum.set(xlabel="step", ylabel="λ", ylim=(-0.05, 1.1), xlim=(0, log[-1]["step"]))
     modulated = max((row["step"] for row in log if row["lambda"] > 0), default=0)
-    for panel in errors, curriculum:  # where the tangent is marginal, in a mixed run
+    for panel in errors, curriculum:
         panel.axvspan(0, modulated, color=NOISE, alpha=0.3, linewidth=0)
+    if modulated:  # in a mixed run
+        top = {"y": 0.97, "va": "top", "transform": errors.get_xaxis_transform()}
+        errors.text(modulated / 2, s="marginal tangent", ha="center", **top)
+        errors.text(modulated * 1.05, s="conditional tangent", **top)
     figure.savefig(ASSETS / "log.png", dpi=130)
 
 
