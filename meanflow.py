@@ -339,19 +339,18 @@ def linear(function, dy, x, dx, weight, bias=None, *args, **kwargs):
     return product if dy is None else product + dy
 
 
-def normalized(x, dx, groups, eps):
-    """n = (x - mean(x)) / std(x), mean and std over each of `groups` equal parts of x:
+def normalized(x, dx, size, eps):
+    """n = (x - mean(x)) / std(x), mean and std over each `size` neighbouring elements of x:
     dn = (dx - mean(dx) - n mean(n dx)) / std(x). Returns n and dn.
 
     dn is a symmetric function of dx, so it is what the backward pass of a layer norm computes, and
     of that PyTorch has the right derivative.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    rows, drows = (z.to(wide).reshape(groups, -1) for z in (x, dx))
-    size = rows.shape[1:]
-    n, mean, rstd = torch.native_layer_norm(rows, size, None, None, eps)
+    rows, drows = (z.to(wide).reshape(-1, size) for z in (x, dx))
+    n, mean, rstd = torch.native_layer_norm(rows, [size], None, None, eps)
     backward, wanted = torch.ops.aten.native_layer_norm_backward, [True, False, False]
-    dn, _, _ = backward(drows, rows, size, mean, rstd, None, None, wanted)
+    dn, _, _ = backward(drows, rows, [size], mean, rstd, None, None, wanted)
     return n.view(x.shape), dn.view(x.shape)
 
 
@@ -365,13 +364,13 @@ def scaled(n, dn, weight, bias, like):
 
 def layer_norm(function, dy, x, dx, normalized_shape, weight=None, bias=None, eps=1e-5,
                cudnn_enable=True):  # fmt: skip
-    n, dn = normalized(x, dx, x.numel() // math.prod(normalized_shape), eps)
+    n, dn = normalized(x, dx, math.prod(normalized_shape), eps)
     return scaled(n, dn, weight, bias, like=lambda w: w)
 
 
 def group_norm(function, dy, x, dx, num_groups, weight=None, bias=None, eps=1e-5,
                cudnn_enabled=True):  # fmt: skip
-    n, dn = normalized(x, dx, len(x) * num_groups, eps)
+    n, dn = normalized(x, dx, x.shape[1:].numel() // num_groups, eps)
     return scaled(n, dn, weight, bias, like=lambda w: w.view(-1, *[1] * (x.ndim - 2)))  # (C, 1, ..)
 
 
@@ -723,7 +722,9 @@ def train(model, images, labels, args, *, flip=False):
             state["seconds"] += seconds
             report(state, measured, lam, seconds / len(measured), args, rank)
             if lost >= PATIENCE:
-                raise UserError(f"no finite gradient in {lost:.0f} steps up to {step}")
+                raise UserError(
+                    f"no finite gradient in {lost:.0f} steps up to {step}: a lower --lr?"
+                )
             if rank == 0 and (saves or step == 1):  # from the first step on --resume works
                 save_checkpoint(out, parts, args, state)
             if rank == 0 and saves:

@@ -490,6 +490,8 @@ LAYERS = {  # a layer and the shape of a sample
     "a batch norm whose weight depends on x": (
         Calls(lambda x: F.batch_norm(
             x, torch.ones(6).double(), 1 + torch.ones(6).double(), x.mean((0, 2, 3)))), IMAGE),
+    "a norm of nothing, as of an expert that no sample chose": (
+        Calls(lambda x: x + F.layer_norm(x[x > 99].view(-1, 6), (6,)).sum(0)), VECTOR),
     "a norm and work in place after it": (
         Calls(lambda x: F.layer_norm(x, (6,)).mul_(2).add_(x)), VECTOR),
     "a weight that depends on x": (
@@ -1367,7 +1369,7 @@ def test_an_isolated_nan_skips_that_update(training, tmp_path, monkeypatch):
 def test_lasting_nans_end_training_with_a_good_checkpoint(training, tmp_path, monkeypatch):
     at_step(range(4, 99), monkeypatch, lambda x0: x0.fill_(math.nan))
     error = one_line(training("--steps", 60, "--log-every", 10, "--save-every", 5))
-    assert "in 22 steps up to 25" in error
+    assert "in 22 steps to 25" in error
     assert [int(row["skipped"]) for row in log(tmp_path / "run")] == [0, 2, 5, 5, 5, 5]
     assert all(value.isfinite().all() for value in weights(tmp_path / "run"))
 
