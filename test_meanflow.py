@@ -1526,6 +1526,15 @@ def test_the_first_block_of_the_readme_runs():
     assert names["images"].shape == (64, 1, 28, 28)
 
 
+def test_the_training_of_the_readme_trains(tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    block = next(block for block in blocks if "train_parser" in block)
+    flags = "--steps", "1", "--batch-size", "4", "--out", str(tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["script", *flags])
+    exec(block.replace("...", "torch.randint(0, 256, (9, 3, 64, 64)).byte()"), {"torch": torch})
+    assert meanflow.load_model(tmp_path / "run" / "checkpoint.pt").shape == (3, 64, 64)
+
+
 @pytest.mark.parametrize("lam", [0.0, 1.0])
 def test_activation_checkpointing_of_the_readme_gives_the_same_gradients(lam):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
