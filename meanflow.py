@@ -319,13 +319,16 @@ class DerivativeRules(TorchFunctionMode):
         if rule is None:
             return function(*args, **kwargs)
         x, *rest = args or [kwargs.pop("input")]
-        x, dx = forward_ad.unpack_dual(x)
-        y, dy = forward_ad.unpack_dual(function(x, *rest, **kwargs))
+        primal, dx = forward_ad.unpack_dual(x)
+        result = function(x if dx is None else primal, *rest, **kwargs)
+        y, dy = forward_ad.unpack_dual(result)
         if dx is None and dy is None:
-            return y
-        dx = torch.zeros_like(x) if dx is None else dx
+            return result
+        dx = torch.zeros_like(primal) if dx is None else dx
         with nullcontext() if self.gradients else torch.no_grad():
-            dy = rule(function, dy, x, dx, *rest, **kwargs).to(y.dtype)
+            dy = rule(function, dy, primal, dx, *rest, **kwargs).to(y.dtype)
+        if not self.gradients:
+            dy = dy.detach()  # a view made under no_grad would refuse to be changed in place
         return forward_ad.make_dual(y, dy)
 
 
@@ -375,7 +378,7 @@ def group_norm(function, dy, x, dx, num_groups, weight=None, bias=None, eps=1e-5
 
 
 def batch_norm(function, dy, x, dx, running_mean, running_var, weight=None, bias=None,
-               training=False, momentum=0.1, eps=1e-5):  # fmt: skip
+               training=False, momentum=0.1, eps=1e-5, cudnn_enabled=True):  # fmt: skip
     """y = w n + b, n = (x - running mean) / running std:  dn = dx / running std."""
     if training:
         raise ValueError("model must treat samples one by one; batch norm mixes them in training")
@@ -385,17 +388,19 @@ def batch_norm(function, dy, x, dx, running_mean, running_var, weight=None, bias
 
 
 def instance_norm(function, dy, x, dx, running_mean=None, running_var=None, weight=None, bias=None,
-                  use_input_stats=True, momentum=0.1, eps=1e-5):  # fmt: skip
+                  use_input_stats=True, momentum=0.1, eps=1e-5, cudnn_enabled=True):  # fmt: skip
     if use_input_stats:
         return group_norm(function, dy, x, dx, x.shape[1], weight, bias, eps)
     return batch_norm(function, dy, x, dx, running_mean, running_var, weight, bias, eps=eps)
 
 
-def torch_instance_norm(function, dy, x, dx, weight, bias, running_mean, running_var,
-                        use_input_stats, momentum, eps, cudnn_enabled):  # fmt: skip
-    """The same, called by torch.instance_norm, whose arguments come in another order."""
-    options = running_mean, running_var, weight, bias, use_input_stats, momentum, eps
-    return instance_norm(function, dy, x, dx, *options)
+def reordered(rule):
+    """Return the rule of F's function for torch's of the same name, which takes weights first."""
+
+    def reorder(function, dy, x, dx, weight, bias, running_mean, running_var, *rest, **named):
+        return rule(function, dy, x, dx, running_mean, running_var, weight, bias, *rest, **named)
+
+    return reorder
 
 
 RULES = {
@@ -408,8 +413,9 @@ RULES = {
     F.group_norm: group_norm,
     torch.group_norm: group_norm,
     F.instance_norm: instance_norm,
-    torch.instance_norm: torch_instance_norm,
+    torch.instance_norm: reordered(instance_norm),
     F.batch_norm: batch_norm,
+    torch.batch_norm: reordered(batch_norm),
 }
 
 
@@ -678,7 +684,7 @@ def train(model, images, labels, args, *, flip=False):
     model with the averaged weights, in eval mode. Raises UserError for what the user can mend, and
     SystemExit after SIGINT or SIGTERM, once the checkpoint is written.
     """
-    torchrun = "LOCAL_RANK" in os.environ
+    torchrun = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
     rank, world = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE")) if torchrun else (0, 1)
     args = completed(args, world)
     check_data(model, images, labels, args)
@@ -721,14 +727,15 @@ def train(model, images, labels, args, *, flip=False):
             seconds = time.perf_counter() - mark
             state["seconds"] += seconds
             report(state, measured, lam, seconds / len(measured), args, rank)
-            if lost >= PATIENCE:
-                raise UserError(
-                    f"no finite gradient in {lost:.0f} steps up to {step}: a lower --lr?"
-                )
-            if rank == 0 and (saves or step == 1):  # from the first step on --resume works
+            failed = lost >= PATIENCE
+            if rank == 0 and not failed and (saves or step == 1):  # from step 1 on --resume works
                 save_checkpoint(out, parts, args, state)
-            if rank == 0 and saves:
+            if rank == 0 and not failed and saves:
                 save_images(draw(average.module, 80, seed=args.seed), out / f"step-{step:06}.png")
+            if rank == 0:  # after the checkpoint: a log without one would be in the way
+                write_log(state["log"], out)
+            if failed:
+                raise UserError(f"no finite gradient in {lost:.0f} steps to {step}: a lower --lr?")
             if signalled and step < args.steps:
                 print(f"\nstopped after step {step}; the same command with --resume goes on")
                 raise SystemExit(128 + signalled)
@@ -824,7 +831,7 @@ class Float32OnCPU(TorchFunctionMode):
 
 
 def report(state, measured, lam, pace, args, rank):
-    """Add a row to the log in `state`, of the steps whose gradient is finite, and show it.
+    """Add a row to the log in `state`, of the steps whose gradient is finite, and print it.
 
     measured  loss, both errors and the gradient's norm of each step since the last row, (n, 4); of
               several processes, those of this one
@@ -837,14 +844,17 @@ def report(state, measured, lam, pace, args, rank):
     row |= {"images_per_second": args.batch_size / pace, "seconds": state["seconds"]}
     state["log"].append(row)
     if rank == 0:
-        lines = [",".join(row), *(",".join(f"{z:.8g}" for z in r.values()) for r in state["log"])]
-        with replacing(Path(args.out, "log.csv")) as file:
-            file.write_text("\n".join([*lines, ""]), encoding="utf-8")
         left = round((args.steps - step) * pace)
         line = f"{step}/{args.steps}  err {flow:.4f} (r = t) {jump:.4f} (r < t)  lambda {lam:.2f}"
         line += f"  {args.batch_size / pace:.0f} images/s  {left // 60}:{left % 60:02} left "
         terminal = sys.stdout is not None and sys.stdout.isatty()
         print(line, end="\033[K\r" if terminal and left else "\n", flush=True)
+
+
+def write_log(rows, out):
+    lines = [",".join(rows[0]), *(",".join(f"{z:.8g}" for z in row.values()) for row in rows)]
+    with replacing(out / "log.csv") as file:
+        file.write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
 def prepared_objective(model, args, device, world):
@@ -886,14 +896,16 @@ def noted_signals(world):
     """Yield a list that SIGINT and SIGTERM are appended to when they come. Several processes could
     not agree on the step to stop at: there a signal ends them, and the last checkpoint counts."""
     kinds = (signal.SIGINT, signal.SIGTERM) if world == 1 else ()
-    noted, usual = [], {kind: signal.getsignal(kind) for kind in kinds}
+    usual = {kind: signal.getsignal(kind) for kind in kinds}
+    noted = []
 
     def note(kind, frame):
         noted.append(kind)
         signal.signal(kind, usual[kind])  # so that a second one ends the process at once
 
-    for kind in kinds:
-        signal.signal(kind, note)
+    for kind, handler in usual.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(kind, note)
     try:
         yield noted
     finally:
@@ -945,7 +957,8 @@ def resume(out, parts, args, rank):
 
 def load_checkpoint(file):
     """Return the dict that `train` saved. Raises UserError for a missing or another file."""
-    with reading(file):
+    with reading(file), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about other kinds of files, which get an error anyway
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         if checkpoint["format"] != FORMAT:
             raise UserError(f"{file} was written by another version of meanflow.py")
@@ -976,7 +989,7 @@ def reading(file):
 @contextmanager
 def replacing(file):
     """Yield a temporary name, which replaces `file` in one move when all has gone well."""
-    temporary = Path(file).with_name(f".{Path(file).name}")
+    temporary = Path(file).with_name(f".{Path(file).name}.partial")
     try:
         yield temporary
         os.replace(temporary, file)
@@ -1030,7 +1043,7 @@ def save_images(images, file):
     from torchvision.utils import save_image
 
     with replacing(file) as temporary:
-        save_image(images, temporary, nrow=10, normalize=True, value_range=(-1, 1))
+        save_image(images, temporary, nrow=10, normalize=True, value_range=(-1, 1), format="png")
 
 
 # The command line --------------------------------------------------------------------------------
@@ -1042,7 +1055,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the usage
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")  # without the usage
 
 
 def run(main, argv=None):
@@ -1052,7 +1065,11 @@ def run(main, argv=None):
     try:
         main(argv)
     except (UserError, OSError, ImportError) as error:
-        Parser(None).error(" ".join(str(error).split()))
+        Parser(None).error(str(error))
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        Parser(None).error(str(error))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
@@ -1152,8 +1169,9 @@ def completed(args, world):
         args.lambda_warmup = 1  # unused; the same for --resume, whatever the number of steps
     args.lambda_warmup = args.lambda_warmup or max(1, args.steps // 4)
     args.lr_warmup = args.lr_warmup or max(1, args.steps // 50)
-    if args.lambda_warmup > args.steps:
-        raise UserError(f"--lambda-warmup {args.lambda_warmup} is beyond --steps {args.steps}")
+    for flag, warmup in ("--lambda-warmup", args.lambda_warmup), ("--lr-warmup", args.lr_warmup):
+        if warmup > args.steps:
+            raise UserError(f"{flag} {warmup} is beyond --steps {args.steps}")
     for flag, pair in ("--t-logit", args.t_logit), ("--r-logit", args.r_logit):
         if pair is not None and pair[1] < 0:
             raise UserError(f"{flag} {pair[0]} {pair[1]}: the standard deviation is below 0")

@@ -470,6 +470,10 @@ LAYERS = {  # a layer and the shape of a sample
     "instance norm in eval mode": (
         nn.InstanceNorm2d(6, affine=True, track_running_stats=True).eval(), IMAGE),
     "batch norm in eval mode": (nn.BatchNorm2d(6).eval(), IMAGE),
+    "torch.batch_norm": (
+        Calls(lambda x: torch.batch_norm(
+            x, None, None, torch.ones(6).double(), torch.ones(6).double(), False, 0.1, 1e-5, False
+        )), IMAGE),
     "RMS norm": (nn.RMSNorm(6), VECTOR),
     "torch.layer_norm": (Calls(lambda x: torch.layer_norm(x, (6,), eps=1e-3)), VECTOR),
     "torch.group_norm": (Calls(lambda x: torch.group_norm(x, 3)), IMAGE),
@@ -629,6 +633,26 @@ def test_a_network_may_work_in_place_on_its_input():
     assert torch.equal(x1, kept)
 
 
+@pytest.mark.parametrize("lam", [0.0, 1.0])
+def test_a_network_may_work_in_place_after_a_norm(lam):
+    norms = nn.InstanceNorm1d(5), nn.LayerNorm(6, elementwise_affine=False)
+    for norm in norms:
+        nets = [Through(nn.Sequential(norm, relu), SEQUENCE) for relu in (nn.ReLU(True), nn.ReLU())]
+        nets[1].load_state_dict(nets[0].state_dict())
+        x0, given = batch(shape=SEQUENCE)
+        losses = [meanflow_loss(net.double(), x0, lam, **given)[0] for net in nets]
+        assert_close(*(gradients(loss, net) for loss, net in zip(losses, nets, strict=True)))
+
+
+def test_a_part_of_the_network_may_be_compiled():
+    part = nn.Sequential(nn.Conv1d(5, 5, 3, padding=1), nn.GroupNorm(1, 5), nn.LayerNorm(6))
+    net, (x0, given) = Through(part, SEQUENCE).double(), batch(shape=SEQUENCE)
+    expected = meanflow_loss(net, x0, 0.0, **given)
+    torch.compiler.reset()
+    net.layer = torch.compile(part, backend="eager")
+    assert_close(meanflow_loss(net, x0, 0.0, **given), expected)
+
+
 @pytest.mark.parametrize("norm", [nn.GroupNorm(2, 8), nn.LayerNorm((8, 4, 4))])
 def test_norms_of_half_precision_are_computed_in_float32(norm):
     """In half precision, x² of the values in here is infinite, and the derivative would be 0."""
@@ -773,6 +797,9 @@ def test_inference_mode_is_refused():
 X0 = torch.zeros(4, 3)
 TIMES = {"r": torch.full((4,), 0.2), "t": torch.full((4,), 0.6)}
 batch_norm = lambda x, r, t: F.batch_norm(x * t[:, None], None, None, training=True)
+torch_batch_norm = lambda x, r, t: torch.batch_norm(
+    x * t[:, None], None, None, None, None, True, 0.1, 1e-5, False
+)
 
 
 @pytest.mark.parametrize(
@@ -828,6 +855,7 @@ batch_norm = lambda x, r, t: F.batch_norm(x * t[:, None], None, None, training=T
         (lambda: sample(Net(), X0, y=[0, 1, 2, 3]), "y must.*list"),
         (lambda: meanflow_loss(lambda x, r, t: (x, t), X0, 0.0), "model must return.*tuple"),
         (lambda: meanflow_loss(batch_norm, X0, 0.0, **TIMES), "batch norm mixes"),
+        (lambda: meanflow_loss(torch_batch_norm, X0, 0.0, **TIMES), "batch norm mixes"),
         (lambda: meanflow_loss(Net(), torch.zeros(4, 0), 0.0), r"x0 must be.*\(4, 0\)"),
         (lambda: meanflow_loss(Net(), X0, 0.0, p=None), "p must be.*None"),
         (lambda: meanflow_loss(Net(), X0, 0.0, c=float("inf")), "c > 0.*c=inf"),
@@ -1383,6 +1411,16 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     assert meanflow.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 2
 
 
+def test_a_first_save_that_fails_leaves_nothing_in_the_way(training, monkeypatch):
+    def fail(*args):
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(torch, "save", fail)
+        training("--steps", 2)
+    assert training("--steps", 2)[0] == 0
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(training, tmp_path):
     resource = pytest.importorskip("resource")
     assert training("--steps", 2, "--no-lr-decay", "--lambda-warmup", 1)[0] == 0
@@ -1443,7 +1481,7 @@ def test_what_is_no_checkpoint_is_named(trained, call, tmp_path, damage):
     --lr nan; --lr inf; --lr fast; --ema 1; --lambda-max 1.1; --lambda-warmup 0; --guidance -1
     --lambda-schedule sine; --jump-share nan; --seed 9223372036854775808; --device gpu
     --amp fp16 --device cpu; --lambda-shedule linear; --lambda linear; --t-logit nan 1
-    --t-logit 0 -1; --r-logit 0; --r-logit 0 inf; --lambda-warmup 3 --steps 2
+    --t-logit 0 -1; --r-logit 0; --r-logit 0 inf; --lambda-warmup 3 --steps 2; --lr-warmup 3 --steps 2
     --no-class-cond --guidance 2; --data ''; --out ''""".replace("\n", ";").split(";"),
 )
 def test_a_wrong_flag_ends_with_one_line_and_nothing_written(training, tmp_path, flags):

@@ -56,7 +56,7 @@ def lines(axes, values, groups, measure):
         axes.plot([v for v, _ in ended], means, color=colour, label=name)
         for value, group in ended:
             axes.plot([value] * len(group), group, "o", color=colour, markersize=4)
-    axes.set(xscale="log", yscale="log", xticks=values)
+    axes.set(xscale="log", xticks=values)
     axes.set_xticklabels([f"{value:,}" for value in values])
     axes.set_xticks([], minor=True)
 
@@ -94,9 +94,11 @@ def main():
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     lines(left, IMAGES, few, "distance")
-    left.set(xlabel="training images", ylabel="distance of one-step samples")
+    left.set(xlabel="training images", ylabel="distance of one-step samples", ylim=(0, None))
     lines(right, RATES, stable, "largest norm")
     right.set(xlabel="learning rate, times the recipe's", ylabel="largest gradient norm")
+    right.set(yscale="log", yticks=[1, 2, 5, 10, 20], yticklabels=["1", "2", "5", "10", "20"])
+    right.set_yticks([], minor=True)
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2,
                   frameon=False)  # fmt: skip
     figure.savefig(ASSETS / "claims.png", dpi=130)
