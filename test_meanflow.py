@@ -1482,7 +1482,8 @@ def test_what_is_no_checkpoint_is_named(trained, call, tmp_path, damage):
     --lambda-schedule sine; --jump-share nan; --seed 9223372036854775808; --device gpu
     --amp fp16 --device cpu; --lambda-shedule linear; --lambda linear; --t-logit nan 1
     --t-logit 0 -1; --r-logit 0; --r-logit 0 inf; --lambda-warmup 3 --steps 2
-    --lr-warmup 3 --steps 2; --no-class-cond --guidance 2; --data ''; --out ''""".replace("\n", ";").split(";"),
+    --lr-warmup 3 --steps 2; --no-class-cond --guidance 2
+    --data ''; --out ''""".replace("\n", ";").split(";"),
 )
 def test_a_wrong_flag_ends_with_one_line_and_nothing_written(training, tmp_path, flags):
     flags = shlex.split(flags)
