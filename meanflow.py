@@ -903,9 +903,8 @@ def noted_signals(world):
         noted.append(kind)
         signal.signal(kind, usual[kind])  # so that a second one ends the process at once
 
-    for kind, handler in usual.items():
-        if handler != signal.SIG_IGN:
-            signal.signal(kind, note)
+    for kind in kinds:
+        signal.signal(kind, note)
     try:
         yield noted
     finally:
