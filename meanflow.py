@@ -305,8 +305,8 @@ class DerivativeRules(TorchFunctionMode):
     within another function of torch's, as multi-head attention, are not seen. Two rules are needed
     for right gradients: PyTorch's derivatives of layer norm and instance norm treat mean and
     deviation as constants when differentiated again, as λ > 0 does. Its derivatives of group norm
-    and batch norm do not compile. That of a convolution also convolves with the tangent of the
-    kernel, though it is zero. All else is left to PyTorch.
+    and batch norm do not compile. Those of linear layers and convolutions also multiply by the
+    tangent of the weights, though it is zero. All else is left to PyTorch.
     gradients=False keeps no graph of the tangents that the rules make, as λ = 0 allows.
     """
 
@@ -539,7 +539,7 @@ class UNet(nn.Module):
         self.config = config  # what a checkpoint needs to build the network again
         self.shape, self.patch, self.classes = (channels, size, size), patch, classes
         widths = [width * multiplier for multiplier in multipliers]
-        if not widths or min(channels, size, patch, blocks, *widths, 1 + classes) < 1:
+        if not widths or min(channels, size, patch, blocks, *widths) < 1 or classes < 0:
             raise ValueError(f"sizes must be positive, got {config}")
         unit = patch * 2 ** (len(widths) - 1)
         if size % unit:
@@ -664,7 +664,7 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 CLIP = 20.0  # largest norm of the gradient
 MUON_RATE = 2.5  # learning rate of Muon as a multiple of Adam's
 LABEL_DROPOUT = 0.1  # share of labels that guidance takes away
-PATIENCE = 20  # steps in a row without a finite gradient
+PATIENCE = 20  # steps in a row without a finite gradient that end training when a row is due
 # settings that may change on --resume
 MAY_CHANGE = {"data", "out", "device", "compile", "resume", "log_every", "save_every"}
 
@@ -731,10 +731,10 @@ def train(model, images, labels, args, *, flip=False):
                 raise UserError(f"no finite gradient in {lost:.0f} steps to {step}: a lower --lr?")
             if rank == 0 and (saves or step == 1):  # from the first step on --resume works
                 save_checkpoint(out, parts, args, state)
-            if rank == 0 and saves:
-                save_images(draw(average.module, 80, seed=args.seed), out / f"step-{step:06}.png")
             if rank == 0:  # after the checkpoint: a log without one would be in the way
                 write_log(state["log"], out)
+            if rank == 0 and saves:
+                save_images(draw(average.module, 80, seed=args.seed), out / f"step-{step:06}.png")
             if signalled and step < args.steps:
                 print(f"\nstopped after step {step}; the same command with --resume goes on")
                 raise SystemExit(128 + signalled)
@@ -759,7 +759,7 @@ def draw_batch(images, labels, n, flip, guidance):
 def lambda_and_tangent(step, args):
     """Return λ of a step, counted from 0, and the direction of du/dt.
 
-    λ is a number, or for the compiler a tensor: a number would be a constant of the graph.
+    λ is a number, or for the compiler, to which numbers are constants, a tensor unless it stays 0.
     """
     curriculum = {"warmup": args.lambda_warmup, "maximum": args.lambda_max}
     schedule = lambda_schedule(args.lambda_schedule, **curriculum)
@@ -869,7 +869,7 @@ def prepared_objective(model, args, device, world):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)  # when nothing uses it any more
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return nn.parallel.DistributedDataParallel(objective)
 
 
@@ -1065,7 +1065,7 @@ def run(main, argv=None):
     except (UserError, OSError, ImportError) as error:
         Parser(None).error(str(error))
     except RuntimeError as error:
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
             raise
         Parser(None).error(str(error))
     except KeyboardInterrupt:

@@ -472,7 +472,8 @@ LAYERS = {  # a layer and the shape of a sample
     "batch norm in eval mode": (nn.BatchNorm2d(6).eval(), IMAGE),
     "torch.batch_norm": (
         Calls(lambda x: torch.batch_norm(
-            x, None, None, torch.ones(6).double(), torch.ones(6).double(), False, 0.1, 1e-5, False
+            x, x.mean((0, 2, 3)), None, torch.zeros(6).double(), 2 * torch.ones(6).double(),
+            False, 0.1, 1e-5, False
         )), IMAGE),
     "RMS norm": (nn.RMSNorm(6), VECTOR),
     "torch.layer_norm": (Calls(lambda x: torch.layer_norm(x, (6,), eps=1e-3)), VECTOR),
@@ -647,10 +648,13 @@ def test_a_network_may_work_in_place_after_a_norm(lam):
 def test_a_part_of_the_network_may_be_compiled():
     part = nn.Sequential(nn.Conv1d(5, 5, 3, padding=1), nn.GroupNorm(1, 5), nn.LayerNorm(6))
     net, (x0, given) = Through(part, SEQUENCE).double(), batch(shape=SEQUENCE)
-    expected = meanflow_loss(net, x0, 0.0, **given)
+    losses = [meanflow_loss(net, x0, 1.0, **given)[0]]
+    expected = gradients(losses[0], net)
     torch.compiler.reset()
     net.layer = torch.compile(part, backend="eager")
-    assert_close(meanflow_loss(net, x0, 0.0, **given), expected)
+    losses.append(meanflow_loss(net, x0, 1.0, **given)[0])
+    assert_close(*losses)
+    assert_close(gradients(losses[1], net), expected)
 
 
 @pytest.mark.parametrize("norm", [nn.GroupNorm(2, 8), nn.LayerNorm((8, 4, 4))])

@@ -125,7 +125,7 @@ def quality_of(data, out):
 
 def train(task):
     """Train one network on one thread and return its job and its measures. A training that does
-    not end, since its gradients are not finite, has none but the log's."""
+    not end, since its gradients are not finite, has none."""
     job, data, out = task
     run = job.folder(out)
     result = run / "quality.json"
@@ -156,10 +156,10 @@ def train(task):
         row |= zip(quality.MEASURES, measured.measure(samples, classes), strict=True)
         row["memorised"] = memorised(samples, quality.as_float(images[:, 0]), measured.test)
         save_image(make_grid(samples[:30] / 2 + 0.5, 10, 0), run / "grid.png")
-    with open(run / "log.csv") as file:
-        norms = [float(line["grad_norm"]) for line in csv.DictReader(file)]
-    row["grad_norm"] = sum(norms) / len(norms)
-    row["largest norm"] = max(norms[len(norms) // 2 :])  # once λ has risen, or fallen
+        with open(run / "log.csv") as file:
+            norms = [float(line["grad_norm"]) for line in csv.DictReader(file)]
+        row["grad_norm"] = sum(norms) / len(norms)
+        row["largest norm"] = max(norms[len(norms) // 2 :])  # once λ has risen, or fallen
     result.write_text(json.dumps(row))
     return job, row
 

@@ -165,7 +165,7 @@ def draw_log(file):
     modulated = max((row["step"] for row in log if row["lambda"] > 0), default=0)
     for panel in errors, curriculum:
         panel.axvspan(0, modulated, color=NOISE, alpha=0.3, linewidth=0)
-    if modulated:  # in a mixed run
+    if 0 < modulated < log[-1]["step"]:  # in a mixed run
         top = {"y": 0.97, "va": "top", "transform": errors.get_xaxis_transform()}
         errors.text(modulated / 2, s="marginal tangent", ha="center", **top)
         errors.text(modulated * 1.05, s="conditional tangent", **top)
