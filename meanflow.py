@@ -357,12 +357,17 @@ def normalized(x, dx, size, eps):
     return n.view(x.shape), dn.view(x.shape)
 
 
+def unpacked(parameter):
+    """Return a weight or bias and its tangent, which it has if it depends on x or t; or Nones."""
+    return (None, None) if parameter is None else forward_ad.unpack_dual(parameter)
+
+
 def scaled(n, dn, weight, bias, like):
     """y = w n + b:  dy = w dn + dw n + db, with w and b in the shape that `like` gives them."""
-    y = forward_ad.make_dual(n, dn)
-    y = y if weight is None else like(weight) * y
-    y = y if bias is None else y + like(bias)
-    return forward_ad.unpack_dual(y).tangent
+    (weight, dweight), (_, dbias) = unpacked(weight), unpacked(bias)
+    dy = dn if weight is None else like(weight) * dn
+    dy = dy if dweight is None else dy + like(dweight) * n
+    return dy if dbias is None else dy + like(dbias)
 
 
 def layer_norm(function, dy, x, dx, normalized_shape, weight=None, bias=None, eps=1e-5,
