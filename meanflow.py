@@ -370,6 +370,11 @@ def scaled(n, dn, weight, bias, like):
     return dy if dbias is None else dy + like(dbias)
 
 
+def per_channel(x):
+    """Return the function that gives w (C,) the shape (C, 1, ...), to multiply x (B, C, ...)."""
+    return lambda w: w.view(-1, *[1] * (x.ndim - 2))
+
+
 def layer_norm(function, dy, x, dx, normalized_shape, weight=None, bias=None, eps=1e-5,
                cudnn_enable=True):  # fmt: skip
     n, dn = normalized(x, dx, math.prod(normalized_shape), eps)
@@ -379,7 +384,7 @@ def layer_norm(function, dy, x, dx, normalized_shape, weight=None, bias=None, ep
 def group_norm(function, dy, x, dx, num_groups, weight=None, bias=None, eps=1e-5,
                cudnn_enabled=True):  # fmt: skip
     n, dn = normalized(x, dx, x.shape[1:].numel() // num_groups, eps)
-    return scaled(n, dn, weight, bias, like=lambda w: w.view(-1, *[1] * (x.ndim - 2)))  # (C, 1, ..)
+    return scaled(n, dn, weight, bias, like=per_channel(x))
 
 
 def batch_norm(function, dy, x, dx, running_mean, running_var, weight=None, bias=None,
@@ -387,7 +392,7 @@ def batch_norm(function, dy, x, dx, running_mean, running_var, weight=None, bias
     """y = w n + b, n = (x - running mean) / running std:  dn = dx / running std."""
     if training:
         raise ValueError("model must treat samples one by one; batch norm mixes them in training")
-    like = lambda w: w.view(-1, *[1] * (x.ndim - 2))  # (C, 1, ...)
+    like = per_channel(x)
     rstd = like((running_var + eps).rsqrt())
     return scaled((x - like(running_mean)) * rstd, dx * rstd, weight, bias, like)
 
