@@ -739,12 +739,13 @@ def train(model, images, labels, args, *, flip=False):
             report(state, measured, lam, seconds / len(measured), args, rank)
             if lost >= PATIENCE:
                 raise UserError(f"no finite gradient in {lost:.0f} steps to {step}: a lower --lr?")
-            if rank == 0 and (saves or step == 1):  # from the first step on --resume works
-                save_checkpoint(out, parts, args, state)
-            if rank == 0:  # after the checkpoint: a log without one would be in the way
-                write_log(state["log"], out)
-            if rank == 0 and saves:
-                save_images(draw(average.module, 80, seed=args.seed), out / f"step-{step:06}.png")
+            if rank == 0:
+                if saves or step == 1:  # from the first step on --resume works
+                    save_checkpoint(out, parts, args, state)
+                write_log(state["log"], out)  # now, as a log without a checkpoint is refused
+                if saves:
+                    picture = draw(average.module, 80, seed=args.seed)
+                    save_images(picture, out / f"step-{step:06}.png")
             if signalled and step < args.steps:
                 print(f"\nstopped after step {step}; the same command with --resume goes on")
                 raise SystemExit(128 + signalled)
