@@ -13,8 +13,6 @@ import signal
 import struct
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import filelock
@@ -29,7 +27,6 @@ import meanflow
 import train_cifar
 import train_mnist
 from meanflow import (
-    LAMBDA_SCHEDULES,
     UNet,
     expand,
     lambda_schedule,
@@ -149,7 +146,7 @@ def stationarity(lam, tangent):
 
 @pytest.mark.parametrize(
     "lam, tangent",
-    [(0.0, "conditional"), (0.0, "marginal"), (0.5, "marginal"), (1.0, "marginal")],
+    [(0.0, "conditional"), (0.0, "marginal"), (1.0, "marginal")],
 )
 def test_true_u_is_stationary(lam, tangent):
     mean, error = stationarity(lam, tangent)
@@ -165,7 +162,7 @@ def test_true_u_is_not_stationary_for_the_conditional_tangent_with_lambda_1():
 # SG_λ and what it does to the loss ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lam", [0, 0.0, 0.3, 1.0, torch.tensor(0.0), torch.tensor(0.3)])
+@pytest.mark.parametrize("lam", [0, 0.3, 1.0, torch.tensor(0.3)])
 def test_sg_lambda_keeps_the_value_and_scales_the_gradient(lam):
     z = torch.randn(5, dtype=torch.float64, requires_grad=True)
     scaled = sg_lambda(z, lam)
@@ -174,49 +171,66 @@ def test_sg_lambda_keeps_the_value_and_scales_the_gradient(lam):
     assert_close(gradient, torch.full_like(z, float(lam)))
 
 
-@pytest.mark.parametrize("tangent", ["conditional", "marginal"])
-@pytest.mark.parametrize("make, shape", [(Net, (3,)), (small_unet, (1, 8, 8))])
-def test_lambda_leaves_the_value_and_is_affine_in_the_gradient(tangent, make, shape):
-    net = make()
-    x0, given = batch(shape=shape)
+@pytest.mark.parametrize("tangent", TANGENTS)
+def test_lambda_leaves_the_value_and_is_affine_in_the_gradient(tangent):
+    net = small_unet()
+    x0, given = batch(shape=(1, 8, 8))
     losses, grads = {}, {}
     for lam in 0.0, 0.3, 1.0:
         losses[lam], _ = meanflow_loss(net, x0, lam, **given, tangent=tangent)
         grads[lam] = gradients(losses[lam], net)
+        as_tensor, _ = meanflow_loss(net, x0, torch.tensor(lam).double(), **given, tangent=tangent)
+        assert_close(gradients(as_tensor, net), grads[lam])
     assert_close(losses[0.0], losses[0.3], rtol=1e-12, atol=0)
     assert_close(losses[0.0], losses[1.0], rtol=1e-12, atol=0)
     assert_close(grads[0.3], 0.7 * grads[0.0] + 0.3 * grads[1.0], rtol=1e-10, atol=1e-12)
     assert (grads[1.0] - grads[0.0]).norm() > 0.01 * grads[0.0].norm()
 
 
-def test_lambda_as_a_tensor_gives_the_same_gradient():
-    net = Net()
-    x0, given = batch()
-    for lam in 0.0, 0.3, 1.0:
-        as_float, _ = meanflow_loss(net, x0, lam, **given)
-        as_tensor, _ = meanflow_loss(net, x0, torch.tensor(lam, dtype=torch.float64), **given)
-        assert_close(gradients(as_float, net), gradients(as_tensor, net))
-
-
-@pytest.mark.parametrize("p", [0, 0.75, 1])
-def test_lambda_0_is_regression_on_a_fixed_target(p):
-    """MeanFlow's own formulation: u against the constant v - (t - r) du/dt."""
-    net, c = Net(), 0.01
-    x0, given = batch(jump_share=1.0)
-    x1, r, t = given["x1"], given["r"], given["t"]
+def written_out(net, x0, y, lam, x1, r, t, tangent="conditional", guidance=1.0, p=0.75, c=1e-3):
+    """The loss as the papers write it, by another derivative and without a line of meanflow.py."""
     x_t, v = (1 - t)[:, None] * x0 + t[:, None] * x1, x1 - x0
-    directions = v, torch.zeros(12, dtype=torch.float64), torch.ones(12, dtype=torch.float64)
-    _, dudt = torch.autograd.functional.jvp(net, (x_t, r, t), directions)
-    target = (v - (t - r)[:, None] * dudt).detach()
-    square = (net(x_t, r, t) - target).pow(2).sum(1)
-    expected = (square / (square.detach() + c) ** p).mean()
-    loss, err = meanflow_loss(net, x0, 0.0, **given, p=p, c=c)
-    assert_close(loss, expected)
-    assert_close(err, square.detach() / 3)
+    with torch.no_grad():
+        if guidance != 1:
+            guided = guidance * v + (1 - guidance) * net(x_t, t, t)
+            v = torch.where((y >= 0)[:, None], guided, v)
+        direction = net(x_t, t, t, y) if tangent == "marginal" else v
+    u, directions = net(x_t, r, t, y), (direction, torch.zeros_like(r), torch.ones_like(t))
+    given_y = lambda x, r, t: net(x, r, t, y)
+    _, dudt = torch.autograd.functional.jvp(given_y, (x_t, r, t), directions, create_graph=True)
+    modulated = lam * dudt + (1 - lam) * dudt.detach()
+    square = (u + (t - r)[:, None] * modulated - v).pow(2).sum(1)
+    return (square / (square.detach() + c) ** p).mean(), square.detach() / 3
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"p": 0}, {"p": 1, "c": 0.01}, {"tangent": "marginal"}, {"guidance": 3.0},
+     {"guidance": 3.0, "tangent": "marginal"}],
+)  # fmt: skip
+def test_the_loss_is_the_formula_of_the_papers(lam, options):
+    net, (x0, given), y = Net(), batch(), torch.tensor([0, 1, -1, 2, -1, 3] * 2)
+    loss, err = meanflow_loss(net, x0, lam, y, **given, **options)
+    expected, expected_err = written_out(net, x0, y, lam, **given, **options)
+    assert_close((loss, err), (expected, expected_err))
     assert_close(gradients(loss, net), gradients(expected, net))
 
 
+def test_a_jump_to_one_point_has_no_error():
+    """Which is why λ = 1 draws all samples together, if nothing keeps them apart."""
+    x0, given = batch(jump_share=1.0)
+    point = torch.tensor([0.3, -0.2, 0.5]).double()
+    _, err = meanflow_loss(lambda x, r, t: (x - point) / (t - r)[:, None], x0, 1.0, **given)
+    assert err.max() < 1e-20
+
+
 # The derivative ----------------------------------------------------------------------------------
+
+
+def difference(u, x, r, t, v, *y, h=1e-6):
+    """du/dt along (v, 0, 1) as a central difference."""
+    return (u(x + h * v, r, t + h, *y) - u(x - h * v, r, t - h, *y)) / (2 * h)
 
 
 def test_err_agrees_with_central_differences():
@@ -227,66 +241,19 @@ def test_err_agrees_with_central_differences():
     x0, given = batch(shape=(2, 3))
     x1, r, t = given["x1"], given["r"], given["t"]
     x_t, v = path(x0, x1, t)
-    h = 1e-6
-    rise = u(x_t + h * v, r, t + h) - u(x_t - h * v, r, t - h)
-    e = u(x_t, r, t) + (t - r)[:, None, None] * rise / (2 * h) - v
+    e = u(x_t, r, t) + (t - r)[:, None, None] * difference(u, x_t, r, t, v) - v
     _, err = meanflow_loss(u, x0, 1.0, **given)
     assert_close(err, e.pow(2).mean((1, 2)), rtol=1e-8, atol=0)
 
 
-def test_path_moves_with_v():
-    x0, given = batch()
-    t, h = given["t"] * 0.9, 1e-3
-    assert_close(path(x0, given["x1"], torch.zeros(12).double())[0], x0)
-    assert_close(path(x0, given["x1"], torch.ones(12).double())[0], given["x1"])
-    (before, v), (after, _) = path(x0, given["x1"], t), path(x0, given["x1"], t + h)
-    assert_close(after, before + h * v)
-
-
-@pytest.mark.parametrize("options", [{}, {"classes": 3}, {"patch": 2, "attention": 2}])
-def test_jvp_of_the_unet_agrees_with_finite_differences(options):
-    net = small_unet(**options)
+def test_jvp_of_the_unet_agrees_with_finite_differences():
+    net, y = small_unet(classes=3, patch=2, attention=2), torch.arange(4) % 3
     x, v = torch.randn(2, 4, 1, 8, 8, dtype=torch.float64)
     r, t = sample_times(4, jump_share=1.0, dtype=torch.float64)
-    y = torch.arange(4) % 3 if "classes" in options else None
     u, dudt = total_derivative(net, x, r, t, v, y)
-    h = 1e-6
     assert_close(u, net(x, r, t, y))
-    rise = (net(x + h * v, r, t + h, y) - net(x - h * v, r, t - h, y)) / (2 * h)
-    assert_close(dudt, rise, rtol=1e-6, atol=1e-6)
+    assert_close(dudt, difference(net, x, r, t, v, y), rtol=1e-6, atol=1e-6)
     assert dudt.abs().mean() > 0.1 * u.abs().mean()
-
-
-@pytest.mark.parametrize("lam", [0.0, 1.0])
-@pytest.mark.parametrize("labels", [False, True])
-def test_samples_with_r_equal_t_need_no_derivative(lam, labels):
-    net = Net()
-    x0, given = batch()
-    shuffle = torch.randperm(12)
-    given = {name: value[shuffle] for name, value in given.items()}
-    x1, r, t = given["x1"], given["r"], given["t"]
-    y = torch.randint(0, 5, (12,)) if labels else None
-    x_t, v = path(x0, x1, t)
-    u, dudt = total_derivative(net, x_t, r, t, v, y)
-    e = u + (t - r)[:, None] * sg_lambda(dudt, lam) - v
-    loss, err = meanflow_loss(net, x0, lam, y, **given, p=0)
-    assert_close(loss, e.pow(2).sum(1).mean())
-    assert_close(err, e.detach().pow(2).mean(1))
-    assert_close(gradients(loss, net), gradients(e.pow(2).sum(1).mean(), net))
-
-
-@pytest.mark.parametrize("lam", [0.3, 1.0])
-def test_marginal_tangent_is_a_constant_direction(lam):
-    net = Net()
-    x0, given = batch(jump_share=1.0)
-    r, t = given["r"], given["t"]
-    x_t, v = path(x0, given["x1"], t)
-    with torch.no_grad():
-        direction = net(x_t, t, t)
-    u, dudt = total_derivative(net, x_t, r, t, direction)
-    expected = (u + (t - r)[:, None] * sg_lambda(dudt, lam) - v).pow(2).sum(1).mean()
-    loss, _ = meanflow_loss(net, x0, lam, **given, tangent="marginal", p=0)
-    assert_close(gradients(loss, net), gradients(expected, net))
 
 
 def test_only_samples_with_r_below_t_pass_through_the_jvp():
@@ -309,43 +276,13 @@ def test_what_is_drawn_gives_the_loss_of_the_same_given(share, tangent):
     times = {"jump_share": share, "t_logit": (-0.4, 1.0), "r_logit": (-1.0, 1.0)}
     weighting, y = {"tangent": tangent, "p": 0.5, "c": 0.1}, torch.arange(12) % 5
     torch.manual_seed(1)
-    loss, err = meanflow.Objective(net, **times, **weighting)(x0, 0.7, y)
+    loss, err = meanflow.Objective(net, **times, p=9)(x0, 0.7, y, **weighting)
     torch.manual_seed(1)
     x1 = torch.randn_like(x0)
     r, t = sample_times(12, **times, dtype=torch.float64)
     expected, expected_err = meanflow_loss(net, x0, 0.7, y, x1=x1, r=r, t=t, **weighting)
     assert_close((loss, err), (expected, expected_err))
     assert_close(gradients(loss, net), gradients(expected, net))
-
-
-def test_guidance_replaces_the_velocity_of_labelled_samples():
-    """The field's formula written out: regression on ω v + (1 - ω) u(x_t, t, t, no label)."""
-    net, (x0, given) = Net(), batch(jump_share=0.5)
-    r, t = given["r"], given["t"]
-    y = torch.tensor([0, 1, -1, 2, -1, 3] * 2)
-    x_t, v = meanflow.path(x0, given["x1"], t)
-    for i in range(12):
-        if y[i] >= 0:
-            v[i] = 3 * v[i] - 2 * net(x_t[i : i + 1], t[i : i + 1], t[i : i + 1])[0]
-    v = v.detach()
-    directions = v, torch.zeros_like(r), torch.ones_like(t)
-    model = lambda x, r, t: net(x, r, t, y)
-    _, dudt = torch.autograd.functional.jvp(model, (x_t, r, t), directions)
-    target = v - (t - r)[:, None] * dudt.detach()
-    expected = (net(x_t, r, t, y) - target).pow(2).sum(1).mean()
-    loss, _ = meanflow_loss(net, x0, 0.0, y, **given, guidance=3.0, p=0)
-    assert_close(loss, expected)
-    assert_close(gradients(loss, net), gradients(expected, net))
-
-
-def test_float32_agrees_with_float64():
-    net = Net()
-    x0, given = batch()
-    expected, _ = meanflow_loss(net, x0, 0.5, **given)
-    single = {name: value.float() for name, value in given.items()}
-    loss, err = meanflow_loss(net.float(), x0.float(), 0.5, **single)
-    assert loss.dtype == err.dtype == torch.float32
-    assert_close(loss, expected.float(), rtol=1e-4, atol=0)
 
 
 # Times and schedules -----------------------------------------------------------------------------
@@ -363,7 +300,7 @@ def test_times_are_ordered_and_the_stated_share_jumps(r_logit, share):
         assert (r[:jumps] < t[:jumps]).all()
 
 
-@pytest.mark.parametrize("n, share", [(1, 0.25), (2, 0.2), (1, 0.9), (2, 0.9)])
+@pytest.mark.parametrize("n, share", [(1, 0.25), (2, 0.9)])
 def test_tiny_batches_jump_in_the_stated_share_on_average(n, share):
     times = (sample_times(n, jump_share=share) for _ in range(3000))
     jumps = torch.stack([r < t for r, t in times]).double().sum(1)
@@ -388,7 +325,6 @@ def test_times_have_the_distributions_asked_for():
 
 
 def test_schedules_at_their_edges():
-    assert set(LAMBDA_SCHEDULES) == {"constant", "linear", "cosine", "falling"}
     for name in "constant", "linear", "cosine":
         lam = lambda_schedule(name, warmup=10, maximum=0.8)
         values = [lam(step) for step in range(15)]
@@ -418,13 +354,9 @@ class Through(nn.Module):
         return x + torch.tanh(x * self.scale) * expand(h, x)
 
 
-class SelfAttention(nn.Module):
-    def __init__(self, features, heads):
-        super().__init__()
-        self.attention = nn.MultiheadAttention(features, heads, batch_first=True)
-
+class SelfAttention(nn.MultiheadAttention):
     def forward(self, x):
-        return self.attention(x, x, x, need_weights=False)[0]
+        return super().forward(x, x, x, need_weights=False)[0]
 
 
 class NormOfWeights(nn.Module):
@@ -438,88 +370,63 @@ class NormOfWeights(nn.Module):
         return F.layer_norm(self.rows.tanh(), x.shape[1:], weight=x.sum(0))[: len(x)]
 
 
-class Calls(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
-
-
 encoder = functools.partial(
     nn.TransformerEncoderLayer, 6, 2, 8, dropout=0.0, activation="gelu", batch_first=True
 )
 VECTOR, SEQUENCE, IMAGE, VOLUME = (6,), (5, 6), (6, 4, 4), (4, 3, 3, 3)
-LAYERS = {  # a layer and the shape of a sample
+ONES = torch.ones(6, dtype=torch.float64)
+LAYERS = {  # a layer or function and the shape of a sample
     "linear": (nn.Linear(6, 3), VECTOR),
+    "weight norm": (nn.utils.parametrizations.weight_norm(nn.Linear(6, 3)), VECTOR),
     "conv 1d": (nn.Conv1d(5, 3, 3), SEQUENCE),
     "conv 2d, circular, groups": (
         nn.Conv2d(6, 4, 3, groups=2, padding=1, padding_mode="circular"), IMAGE),
     "conv 3d": (nn.Conv3d(4, 2, 2), VOLUME),
     "transposed conv": (nn.ConvTranspose2d(6, 2, 3, stride=2), IMAGE),
+    "a kernel that depends on x": (
+        lambda x: F.conv2d(x, x.reshape(-1, 6, 2, 2)[:3], x.flatten()[:3]), IMAGE),
     "group norm": (nn.GroupNorm(2, 6), IMAGE),
-    "group norm of vectors": (nn.GroupNorm(2, 6, affine=False), VECTOR),
+    "a group norm whose weight depends on x": (
+        lambda x: F.group_norm(x, 2, x.mean((0, 2, 3)), x.sum((0, 2, 3))), IMAGE),
+    "torch.group_norm": (lambda x: torch.group_norm(x, 3), IMAGE),
     "layer norm": (nn.LayerNorm(6), SEQUENCE),
     "layer norm of two dimensions": (nn.LayerNorm((5, 6), bias=False), SEQUENCE),
-    "layer norm without weights": (nn.LayerNorm(6, elementwise_affine=False), VECTOR),
-    "layer norm of channels": (
-        nn.Sequential(Calls(lambda x: x.movedim(1, -1)), nn.LayerNorm(6)), IMAGE),
+    "layer norm of channels": (lambda x: F.layer_norm(x.movedim(1, -1), (6,)), IMAGE),
+    "torch.layer_norm by names": (
+        lambda x: torch.layer_norm(input=x, normalized_shape=(6,), eps=1e-3), VECTOR),
+    "a layer norm whose weight depends on x": (
+        lambda x: F.layer_norm(x, (6,), x.mean(0), x.sin().sum(0)), VECTOR),
+    "a layer norm of weights, whose own weight depends on x": (NormOfWeights(6), VECTOR),
+    "a layer norm of nothing, as of an expert that no sample chose": (
+        lambda x: x + F.layer_norm(x[x > 99].view(-1, 6), (6,)).sum(0), VECTOR),
+    "a layer norm and work in place after it": (
+        lambda x: F.layer_norm(x, (6,)).mul_(2).add_(x), VECTOR),
+    "RMS norm": (nn.RMSNorm(6), VECTOR),
     "instance norm": (nn.InstanceNorm2d(6), IMAGE),
     "instance norm, affine": (nn.InstanceNorm1d(5, affine=True), SEQUENCE),
     "instance norm in eval mode": (
         nn.InstanceNorm2d(6, affine=True, track_running_stats=True).eval(), IMAGE),
-    "batch norm in eval mode": (nn.BatchNorm2d(6).eval(), IMAGE),
-    "torch.batch_norm": (
-        Calls(lambda x: torch.batch_norm(
-            x, x.mean((0, 2, 3)), None, torch.zeros(6).double(), 2 * torch.ones(6).double(),
-            False, 0.1, 1e-5, False
-        )), IMAGE),
-    "RMS norm": (nn.RMSNorm(6), VECTOR),
-    "torch.layer_norm": (Calls(lambda x: torch.layer_norm(x, (6,), eps=1e-3)), VECTOR),
-    "torch.group_norm": (Calls(lambda x: torch.group_norm(x, 3)), IMAGE),
-    "F.layer_norm by names": (
-        Calls(lambda x: F.layer_norm(input=x, normalized_shape=(6,), eps=1e-3)), VECTOR),
     "torch.instance_norm": (
-        Calls(lambda x: torch.instance_norm(
+        lambda x: torch.instance_norm(
             x, None, None, running_mean=None, running_var=None, use_input_stats=True,
-            momentum=0.1, eps=1e-5, cudnn_enabled=False
-        )), IMAGE),
-    "a layer norm of weights, whose own weight depends on x": (NormOfWeights(6), VECTOR),
-    "a layer norm whose weight depends on x": (
-        Calls(lambda x: F.layer_norm(x, (6,), x.mean(0), x.sin().sum(0))), VECTOR),
-    "an instance norm whose weight depends on x": (
-        Calls(lambda x: F.instance_norm(
-            x.reshape(1, -1, 4, 4), weight=x.mean((2, 3)).flatten(), bias=x[:, :, 1, 2].flatten()
-        ).view_as(x)), IMAGE),
-    "a batch norm whose weight depends on x": (
-        Calls(lambda x: F.batch_norm(
-            x, torch.ones(6).double(), 1 + torch.ones(6).double(), x.mean((0, 2, 3)))), IMAGE),
-    "a norm of nothing, as of an expert that no sample chose": (
-        Calls(lambda x: x + F.layer_norm(x[x > 99].view(-1, 6), (6,)).sum(0)), VECTOR),
-    "a norm and work in place after it": (
-        Calls(lambda x: F.layer_norm(x, (6,)).mul_(2).add_(x)), VECTOR),
-    "a weight that depends on x": (
-        Calls(lambda x: F.group_norm(x, 2, x.mean((0, 2, 3)), x.sum((0, 2, 3)))), IMAGE),
-    "a kernel that depends on x": (
-        Calls(lambda x: F.conv2d(x, x.reshape(-1, 6, 2, 2)[:3], x.flatten()[:3])), IMAGE),
-    "attention": (Calls(lambda x: F.scaled_dot_product_attention(x, x.flip(1), x)), SEQUENCE),
-    "multi-head attention": (SelfAttention(6, 2), SEQUENCE),
-    "multi-head attention in eval mode": (SelfAttention(6, 2).eval(), SEQUENCE),
+            momentum=0.1, eps=1e-5, cudnn_enabled=False), IMAGE),
+    "batch norm in eval mode": (nn.BatchNorm2d(6).eval(), IMAGE),
+    "torch.batch_norm, whose weight depends on x": (
+        lambda x: torch.batch_norm(
+            x, x.mean((0, 2, 3)), None, ONES, 2 * ONES, False, 0.1, 1e-5, False), IMAGE),
+    "attention": (lambda x: F.scaled_dot_product_attention(x, x.flip(1), x), SEQUENCE),
+    "multi-head attention": (SelfAttention(6, 2, batch_first=True), SEQUENCE),
     "transformer, norm after": (encoder(norm_first=False), SEQUENCE),
     "transformer, norm before": (encoder(norm_first=True), SEQUENCE),
     "transformer in eval mode": (encoder().eval(), SEQUENCE),
-    "LSTM": (nn.Sequential(nn.LSTM(6, 4, batch_first=True), Calls(lambda out: out[0])), SEQUENCE),
     "upsampling": (nn.Upsample(scale_factor=2, mode="bilinear"), IMAGE),
-    "in place": (nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 3)), VECTOR),
-    "weight norm": (nn.utils.parametrizations.weight_norm(nn.Linear(6, 3)), VECTOR),
 }  # fmt: skip
 
 
-def against_differences(u, parameters, shape, y=None):
+def against_differences(u, parameters, shape):
     """Compare the gradient of the λ = 1 loss with central differences along a direction."""
     x0, given = batch(n=4, shape=shape, jump_share=1.0)
-    loss = lambda: meanflow_loss(u, x0, 1.0, y, **given, p=0)[0]
+    loss = lambda: meanflow_loss(u, x0, 1.0, **given, p=0)[0]
     grads = torch.autograd.grad(loss(), parameters, materialize_grads=True)
     directions, h = [torch.randn_like(p) for p in parameters], 1e-6
     slope = sum((g * d).sum() for g, d in zip(grads, directions, strict=True))
@@ -535,11 +442,15 @@ def against_differences(u, parameters, shape, y=None):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_gradients_through_layers_agree_with_differences(name):
+def test_derivatives_of_layers_and_their_gradients_agree_with_differences(name):
     layer, shape = LAYERS[name]
     net = Through(layer, shape).double()
     for parameter in net.parameters():
         parameter.data.add_(0.2 * torch.randn_like(parameter))
+    x, v = torch.randn(2, 4, *shape, dtype=torch.float64)
+    r, t = sample_times(4, jump_share=1.0, dtype=torch.float64)
+    _, dudt = total_derivative(net, x, r, t, v)
+    assert_close(dudt, difference(net, x, r, t, v), rtol=1e-6, atol=1e-6)
     against_differences(net, [*net.parameters()], shape)
 
 
@@ -563,13 +474,6 @@ def test_a_timm_block_as_it_is():
     block, times = vision_transformer.Block(8, 2).double(), nn.Linear(2, 8).double()
     u = lambda x, r, t: block(x + times(torch.stack((r, t), 1))[:, None])
     against_differences(u, [*block.parameters(), *times.parameters()], (5, 8))
-
-
-def test_a_validation_loss_is_that_of_training():
-    net, (x0, given) = Through(encoder(), SEQUENCE).double(), batch(shape=SEQUENCE)
-    expected, _ = meanflow_loss(net, x0, 0.0, **given)
-    with torch.no_grad():
-        assert_close(meanflow_loss(net.eval(), x0, 0.0, **given)[0], expected.detach())
 
 
 class Everything(nn.Module):
@@ -618,31 +522,23 @@ def test_the_whole_loss_compiles_into_one_graph(make, tangent, guidance, lams, b
 
 def test_a_network_may_work_in_place_on_its_input():
     net, (x0, given) = Net(), batch(jump_share=1.0)
-
-    def in_place(x, r, t):
-        return net(x.mul_(2), r.add_(1), t.mul_(3))
-
+    in_place = lambda x, r, t: net(x.mul_(2), r.add_(1), t.mul_(3))
     copies = lambda x, r, t: net(x * 2, r + 1, t * 3)
     before = {name: value.clone() for name, value in given.items()}
     for tangent in TANGENTS:
         results = [meanflow_loss(u, x0, 1.0, **given, tangent=tangent) for u in (in_place, copies)]
         assert_close(*results)
+    assert_close(*(sample(u, given["x1"], steps=2) for u in (in_place, copies)))
     assert_close(given, before, rtol=0, atol=0)
-    x1 = torch.randn(4, 3).double()
-    kept = x1.clone()
-    assert_close(sample(in_place, x1, steps=2), sample(copies, x1, steps=2))
-    assert torch.equal(x1, kept)
 
 
-@pytest.mark.parametrize("lam", [0.0, 1.0])
-def test_a_network_may_work_in_place_after_a_norm(lam):
-    norms = nn.InstanceNorm1d(5), nn.LayerNorm(6, elementwise_affine=False)
-    for norm in norms:
-        nets = [Through(nn.Sequential(norm, relu), SEQUENCE) for relu in (nn.ReLU(True), nn.ReLU())]
-        nets[1].load_state_dict(nets[0].state_dict())
-        x0, given = batch(shape=SEQUENCE)
-        losses = [meanflow_loss(net.double(), x0, lam, **given)[0] for net in nets]
-        assert_close(*(gradients(loss, net) for loss, net in zip(losses, nets, strict=True)))
+def test_a_network_may_work_in_place_after_a_norm():
+    nets = [nn.Sequential(nn.InstanceNorm1d(5), relu) for relu in (nn.ReLU(True), nn.ReLU())]
+    nets = [Through(net, SEQUENCE).double() for net in nets]
+    nets[1].load_state_dict(nets[0].state_dict())
+    x0, given = batch(shape=SEQUENCE)
+    losses = [meanflow_loss(net, x0, 0.0, **given)[0] for net in nets]
+    assert_close(*(gradients(loss, net) for loss, net in zip(losses, nets, strict=True)))
 
 
 def test_a_part_of_the_network_may_be_compiled():
@@ -662,15 +558,10 @@ def test_norms_of_half_precision_are_computed_in_float32(norm):
     """In half precision, x² of the values in here is infinite, and the derivative would be 0."""
     v, r = torch.randn(3, 8, 4, 4), torch.zeros(3)
     net = lambda x, r, t: norm(x * 300)
-    derivatives = [
-        total_derivative(net, x.half(), r, r, v.half(), gradients=gradients)[1]
-        for gradients in (False, True)
-        for x in (v.sin(),)
-    ]
-    with torch.no_grad():
-        exact = total_derivative(net, v.sin(), r, r, v)[1]
-    for derivative in derivatives:
-        assert_close(derivative, exact, rtol=0.02, atol=0.02)
+    exact = total_derivative(net, v.sin(), r, r, v)[1].detach()
+    for gradients in False, True:
+        low = total_derivative(net, v.sin().half(), r, r, v.half(), gradients=gradients)[1]
+        assert_close(low.detach(), exact, rtol=0.02, atol=0.02)
 
 
 def test_half_precision_data_do_not_overflow():
@@ -693,45 +584,17 @@ def test_a_derivative_that_needs_no_gradient_keeps_no_graph():
     assert used[0] < 0.7 * used[1]
 
 
-def test_what_a_derivative_keeps_is_the_affair_of_its_thread():
-    """While one differentiates its derivative, the other, with λ = 0, drops its own. Forward mode
-    itself is not made for several threads at a time: here they take turns."""
-    net, (x0, given) = Through(nn.GroupNorm(1, 3), (3, 2)).double(), batch(shape=(3, 2))
-    inside, waiting = threading.Event(), threading.Event()
-
-    def slow(x, r, t):
-        inside.set()
-        waiting.wait(timeout=60)
-        return net(x, r, t)
-
-    with ThreadPoolExecutor() as pool:
-        first = pool.submit(meanflow_loss, slow, x0, 1.0, **given)
-        inside.wait(timeout=60)
-        meanflow_loss(net, x0, 0.0, **given)
-        waiting.set()
-    expected, _ = meanflow_loss(net, x0, 1.0, **given)
-    assert_close(gradients(first.result()[0], net), gradients(expected, net))
-
-
-def test_the_unet_can_be_built_on_the_meta_device():
-    net, options = small_unet(classes=3), {"size": 8, "width": 8, "classes": 3}
-    with torch.device("meta"):
-        other = UNet(1, **options).double()
-    other.to_empty(device="cpu").load_state_dict(net.state_dict())
-    x1, y = torch.randn(3, 1, 8, 8).double(), torch.arange(3)
-    assert torch.equal(sample(other, x1, y=y), sample(net, x1, y=y))
-
-
 # The U-Net ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("channels, size", [(1, 28), (3, 32)])
-@pytest.mark.parametrize("classes", [0, 10])
-@pytest.mark.parametrize("options", [{"patch": 2}, {"multipliers": (1, 1, 2), "blocks": 2}])
-def test_unet_shapes(channels, size, classes, options):
-    net = UNet(channels, size=size, width=8, classes=classes, **options)
+@pytest.mark.parametrize(
+    "channels, size, options",
+    [(1, 28, {"patch": 2, "classes": 10}), (3, 32, {"multipliers": (1, 1, 2), "blocks": 2})],
+)
+def test_unet_shapes(channels, size, options):
+    net = UNet(channels, size=size, width=8, **options)
     x, (r, t) = torch.randn(2, channels, size, size), sample_times(2)
-    y = torch.tensor([0, 9]) if classes else None
+    y = torch.tensor([0, 9]) if net.classes else None
     assert torch.equal(net(x, r, t, y), torch.zeros_like(x))  # the last layer starts at zero
     loss, err = meanflow_loss(net, x, 1.0, y, jump_share=0.5)
     loss.backward()
@@ -755,14 +618,11 @@ def test_labels_matter_and_a_missing_one_is_the_null_class():
 
 
 def test_every_parameter_of_the_unet_learns():
-    net = small_unet(classes=3, attention=2, blocks=2)
+    net, y = small_unet(classes=3, attention=2, blocks=2), torch.arange(6) % 3
     x0, given = batch(n=6, shape=(1, 8, 8))
     for lam in 0.0, 1.0:
-        grads = torch.autograd.grad(
-            meanflow_loss(net, x0, lam, torch.arange(6) % 3, **given)[0],
-            [p for name, p in net.named_parameters()],
-        )
-        assert all(g.abs().sum() > 0 for g in grads)
+        loss, _ = meanflow_loss(net, x0, lam, y, **given)
+        assert all(g.any() for g in torch.autograd.grad(loss, [*net.parameters()]))
 
 
 def test_dropout_only_in_training_mode_and_the_mode_comes_back():
@@ -812,9 +672,7 @@ torch_batch_norm = lambda x, r, t: torch.batch_norm(
         (lambda: meanflow_loss(Net(), [[0.0]], 0.0), "x0 must be"),
         (lambda: meanflow_loss(Net(), torch.zeros(4, 3, dtype=torch.uint8), 0.0), "x0 must be"),
         (lambda: meanflow_loss(Net(), torch.zeros(4), 0.0), r"x0 must be.*\(4,\)"),
-        (lambda: meanflow_loss(Net(), torch.zeros(0, 3), 0.0), r"x0 must be.*\(0, 3\)"),
         (lambda: meanflow_loss(Net(), X0, 0.0, torch.zeros(3)), "y must"),
-        (lambda: meanflow_loss(Net(), X0, 0.0, [0, 1, 2, 3]), "y must"),
         (lambda: meanflow_loss(Net(), X0, 1.5), "lam must be.*1.5"),
         (lambda: meanflow_loss(Net(), X0, -0.1), "lam must be.*-0.1"),
         (lambda: meanflow_loss(Net(), X0, float("nan")), "lam must be.*nan"),
@@ -823,25 +681,17 @@ torch_batch_norm = lambda x, r, t: torch.batch_norm(
         (lambda: meanflow_loss(Net(), X0, 0.0, tangent="true"), "tangent must be.*'true'"),
         (lambda: meanflow_loss(Net(), X0, torch.tensor(1.5)), "lam must be.*1.5"),
         (lambda: meanflow_loss(Net(), X0, 0.0, guidance=2.0), "guidance 2.0 needs labels"),
-        (
-            lambda: meanflow_loss(Net(), X0, 0.0, torch.ones(4, 2), guidance=2.0),
-            r"guidance 2.0 needs labels y of shape \(B,\)",
-        ),
+        (lambda: meanflow_loss(Net(), X0, 0.0, X0, guidance=2.0), r"labels y of shape \(B,\)"),
         (lambda: meanflow_loss(Net(), X0, 0.0, p=-1), "p must be.*-1"),
         (lambda: meanflow_loss(Net(), X0, 0.0, c=0), "c > 0.*c=0"),
         (lambda: meanflow_loss(Net(), X0, 0.0, x1=torch.zeros(4, 2)), r"x1 must be.*\(4, 2\)"),
         (lambda: meanflow_loss(Net(), X0, 0.0, x1=X0.double()), "x1 must be.*float64"),
         (lambda: meanflow_loss(Net(), X0, 0.0, x1=0.0), "x1 must be"),
         (lambda: meanflow_loss(Net(), X0, 0.0, r=TIMES["r"]), "r and t"),
-        (lambda: meanflow_loss(Net(), X0, 0.0, t=TIMES["t"], r=0.2), "r must be.*0.2"),
         (lambda: meanflow_loss(Net(), X0, 0.0, r=TIMES["t"], t=TIMES["r"]), "r <= t"),
         (lambda: meanflow_loss(Net(), X0, 0.0, r=TIMES["r"], t=TIMES["t"] * 2), "t <= 1"),
-        (lambda: meanflow_loss(Net(), X0, 0.0, r=TIMES["r"] * float("nan"), t=TIMES["t"]), "<= r"),
+        (lambda: meanflow_loss(Net(), X0, 0.0, r=-TIMES["r"], t=TIMES["t"]), "0 <= r.*r = -0.2"),
         (lambda: meanflow_loss(lambda x, r, t: x[:1], X0, 0.0, **TIMES), r"model must.*\(1, 3\)"),
-        (
-            lambda: meanflow_loss(lambda x, r, t: x[:1], X0, 0.0, r=TIMES["t"], t=TIMES["t"]),
-            "model",
-        ),
         (lambda: sample(Net(), X0, steps=0), "steps must be.*0"),
         (lambda: sample(Net(), X0, steps=1.5), "steps must be.*1.5"),
         (lambda: sample(Net(), 4), "x1 must be.*4"),
@@ -850,25 +700,20 @@ torch_batch_norm = lambda x, r, t: torch.batch_norm(
         (lambda: sample_times(4, t_logit=(0.0, -1.0)), "t_logit must.*-1"),
         (lambda: sample_times(4, r_logit=(0.0, -1.0)), "r_logit must.*-1"),
         (lambda: sample_times(4, t_logit=(float("nan"), 1.0)), "t_logit must.*nan"),
-        (lambda: sample_times(4, r_logit=0.0), "r_logit must.*0.0"),
         (lambda: meanflow_loss(Net(), X0, 0.0, r_logit=()), r"r_logit must.*\(\)"),
         (lambda: sample(Net(), X0, steps=2, times=[1, 0]), "steps 2 and times"),
         (lambda: sample(Net(), X0, times=[1, 0.5, 0.5, 0]), "times must be.*decrease.*0.5"),
         (lambda: sample(Net(), X0, times=[0.9, 0]), "times must.*from 1 to 0.*0.9"),
+        (lambda: sample(Net(), X0, times=[1, 0.5]), "times must.*from 1 to 0.*0.5"),
         (lambda: sample(Net(), X0, times=[]), "times must"),
         (lambda: sample(Net(), X0, y=[0, 1, 2, 3]), "y must.*list"),
         (lambda: meanflow_loss(lambda x, r, t: (x, t), X0, 0.0), "model must return.*tuple"),
         (lambda: meanflow_loss(batch_norm, X0, 0.0, **TIMES), "batch norm mixes"),
         (lambda: meanflow_loss(torch_batch_norm, X0, 0.0, **TIMES), "batch norm mixes"),
         (lambda: meanflow_loss(Net(), torch.zeros(4, 0), 0.0), r"x0 must be.*\(4, 0\)"),
-        (lambda: meanflow_loss(Net(), X0, 0.0, p=None), "p must be.*None"),
         (lambda: meanflow_loss(Net(), X0, 0.0, c=float("inf")), "c > 0.*c=inf"),
         (lambda: meanflow_loss(Net(), X0, 0.0, guidance="2"), "guidance must.*'2'"),
-        (lambda: sample_times(4, jump_share="0.5"), "jump_share must.*'0.5'"),
-        (lambda: sample_times(4, t_logit=("a", "b")), "t_logit must.*'a'"),
-        (lambda: sample(Net(), X0, times="10"), "times must.*'10'"),
         (lambda: sample(Net(), X0, times=[1, None, 0]), "times must.*None"),
-        (lambda: lambda_schedule("linear", warmup=None), "warmup must.*None"),
         (lambda: UNet(1, size=8, patch=0), "sizes must be positive.*'patch': 0"),
         (lambda: UNet(1, size=8, multipliers=()), "sizes must be positive"),
         (lambda: UNet(1, size=8, classes=-1), "sizes must be positive.*'classes': -1"),
@@ -877,7 +722,6 @@ torch_batch_norm = lambda x, r, t: torch.batch_norm(
         (lambda: lambda_schedule("linear", warmup=1, maximum=1.1), "maximum must be.*1.1"),
         (lambda: UNet(1, size=30, patch=2), "size must be a multiple of 4, got 30"),
         (lambda: UNet(1, size=28, width=12), "multiples of 8.*12"),
-        (lambda: UNet(1, size=8)(X0[:, :, None, None], X0[:, 0], X0[:, 0]), "x must be"),
     ],
 )
 def test_bad_input_is_named(call, message):
@@ -888,10 +732,9 @@ def test_bad_input_is_named(call, message):
 
 @pytest.mark.parametrize(
     "y",
-    [3, [0, 1, 2, 0], torch.tensor(1), torch.arange(3), torch.zeros(4, 1).long(),
-     torch.eye(4).long(), torch.zeros(4, dtype=torch.uint8), torch.zeros(4),
+    [[0, 1, 2, 0], torch.arange(3), torch.zeros(4, 1).long(), torch.zeros(4),
      torch.tensor([0, 1, 2, 3])],
-    ids=["int", "list", "0-dim", "too few", "(B, 1)", "one-hot", "uint8", "float", "beyond"],
+    ids=["list", "too few", "(B, 1)", "float", "beyond"],
 )  # fmt: skip
 def test_labels_that_do_not_fit_are_named(y):
     net, x = UNet(1, size=8, width=8, classes=3), torch.randn(4, 1, 8, 8)
@@ -945,12 +788,12 @@ def test_one_step_samples_of_a_learned_mixture_hit_its_modes():
 # Training: what it writes, and the sampler on its checkpoint -------------------------------------
 
 
-def write_mnist(folder, n=64, labels=None):
+def write_mnist(folder, n=64):
     """Write n random digits in the files that torchvision.datasets.MNIST reads."""
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
     pixels = torch.randint(0, 256, (n, 28, 28), dtype=torch.uint8).numpy().tobytes()
-    classes = bytes(i % 10 for i in range(labels or n))
+    classes = bytes(i % 10 for i in range(n))
     for split in "train", "t10k":
         header = struct.pack(">IIII", 2051, n, 28, 28), struct.pack(">II", 2049, len(classes))
         (raw / f"{split}-images-idx3-ubyte").write_bytes(header[0] + pixels)
@@ -1029,7 +872,7 @@ def log(out):
     return list(csv.DictReader((out / "log.csv").open()))
 
 
-def test_training_writes_log_pictures_and_a_checkpoint(trained):
+def test_training_writes_log_pictures_and_a_checkpoint(trained, tmp_path):
     rows = log(trained / "run")
     assert [int(row["step"]) for row in rows] == [1, 2, 4, 5]
     assert [float(row["lambda"]) for row in rows] == [0.0, 0.5, 1.0, 1.0]
@@ -1037,15 +880,11 @@ def test_training_writes_log_pictures_and_a_checkpoint(trained):
     names = {file.name for file in (trained / "run").iterdir()} - {".lock"}
     assert names == {"log.csv", "checkpoint.pt", "samples.png", "step-000005.png"}
     assert Image.open(trained / "run" / "samples.png").size == (10 * 30 + 2, 12 * 30 + 2)
-
-
-def test_pictures_come_from_the_averaged_weights(trained, tmp_path):
+    net = meanflow.load_model(trained / "run" / "checkpoint.pt")
     checkpoint = meanflow.load_checkpoint(trained / "run" / "checkpoint.pt")
-    net = UNet(**checkpoint["unet"])
-    net.load_state_dict(checkpoint["ema"])
-    meanflow.save_images(meanflow.draw(net, 80), tmp_path / "average.png")
-    assert Image.open(tmp_path / "average.png") == Image.open(trained / "run" / "step-000005.png")
-    assert not torch.equal(checkpoint["ema"]["last.weight"], checkpoint["model"]["last.weight"])
+    assert not torch.equal(net.last.weight, checkpoint["model"]["last.weight"])  # an average
+    meanflow.save_images(meanflow.draw(net, 80), tmp_path / "again.png")
+    assert Image.open(tmp_path / "again.png") == Image.open(trained / "run" / "step-000005.png")
 
 
 def test_a_seed_repeats_a_training_and_another_does_not(training, tmp_path):
@@ -1087,6 +926,14 @@ def test_meanflow_py_works_alone(trained, tmp_path):
     assert Image.open(tmp_path / "samples.png") == Image.open(tmp_path / "same.png")
 
 
+def test_the_file_can_be_cut_where_training_begins():
+    names = {"__name__": "cut"}
+    exec((ROOT / "meanflow.py").read_text().split("# Training. ")[0], names)
+    x, net = torch.randn(4, 1, 8, 8), names["UNet"](1, size=8, width=8)
+    loss, _ = names["meanflow_loss"](net, x, lam=0.5)
+    assert loss > 0 and names["sample"](net, x).shape == x.shape and "argparse" not in names
+
+
 def test_cifar_trains_and_draws(call, tmp_path, monkeypatch):
     folder = tmp_path / "data" / "cifar-10-batches-py"
     folder.mkdir(parents=True)
@@ -1099,9 +946,7 @@ def test_cifar_trains_and_draws(call, tmp_path, monkeypatch):
         content = {"data": pixels, "labels": [i % 10 for i in range(20)]}
         (folder / name).write_bytes(pickle.dumps(content))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
-    flags = shlex.split(
-        "--preset tiny --steps 2 --batch-size 8 --lambda-schedule linear --amp bf16"
-    )
+    flags = shlex.split("--preset tiny --steps 2 --batch-size 8 --lambda-schedule linear")
     place = "--data", tmp_path / "data", "--out", tmp_path / "run"
     assert call(train_cifar.main, *flags, *place, "--class-cond") == (0, "")
     net = meanflow.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["unet"]
@@ -1147,7 +992,6 @@ def test_every_step_and_every_process_draws_its_own_batch(tmp_path, monkeypatch)
     [
         ("", True, [0, 0, 0], "ccc"),
         ("--lambda-schedule linear", False, [0, 0.5, 1], "mmm"),
-        ("--lambda-schedule linear --lambda-max 0", True, [0, 0, 0], "ccc"),
         ("--lambda-schedule linear", True, [0, 0.5, 1], "mmm"),
         ("--lambda-schedule falling", True, [1, 0.5, 0], "mmc"),
         ("--lambda-schedule falling --tangent conditional", False, [1, 0.5, 0], "ccc"),
@@ -1163,9 +1007,8 @@ def test_lambda_and_tangent_of_a_step(flags, compiled, lams, tangents):
     seen = [meanflow.lambda_and_tangent(step, args) for step in range(3)]
     assert [float(lam) for lam, _ in seen] == lams
     assert "".join(tangent[0] for _, tangent in seen) == tangents
-    rising = "linear" in flags and "max 0" not in flags
     for lam, _ in seen:
-        assert torch.is_tensor(lam) == (compiled and (lam > 0 or rising))
+        assert torch.is_tensor(lam) == (compiled and (lam > 0 or "linear" in flags))
 
 
 def test_the_learning_rate_rises_and_decays():
@@ -1202,12 +1045,10 @@ def test_muon_takes_the_inner_kernels_and_adam_the_rest():
 # Training that can be trusted: precision, processes, resuming, faults ---------------------------
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("lam", [0.0, 1.0])
 @pytest.mark.parametrize("tangent", TANGENTS)
-def test_bf16_keeps_the_direction_of_every_gradient(device, lam, tangent):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
+def test_bf16_keeps_the_direction_of_every_gradient(lam, tangent):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     net = small_unet(classes=3, width=16).float().to(device)
     x0, given = batch(n=32, shape=(1, 8, 8))
     given = {name: value.float().to(device) for name, value in given.items()}
@@ -1273,23 +1114,6 @@ def test_two_processes_make_one_training(tmp_path):
     assert [row["step"] for row in log(tmp_path / "eager")] == ["1", "2"]
 
 
-STEPS = shlex.split("--steps 14 --log-every 3 --save-every 5 --lambda-schedule linear")
-
-
-def resumes_to_the_same(training, tmp_path, *more, stopped=None):
-    before = meanflow.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"]
-    assert stopped in (None, before) and 0 < before < 14
-    assert training(*STEPS, *more, "--resume")[0] == 0
-    assert training(*STEPS, *more, out="whole")[0] == 0
-    assert same(tmp_path / "run", tmp_path / "whole")
-    rows, expected = log(tmp_path / "run"), log(tmp_path / "whole")
-    assert {int(row["step"]) for row in rows} == {int(row["step"]) for row in expected} | {before}
-    values = {row["step"]: row["lambda"] for row in expected}
-    assert all(row["lambda"] == values.get(row["step"], row["lambda"]) for row in rows)
-    seconds = [float(row["seconds"]) for row in rows]
-    assert seconds == sorted(seconds)
-
-
 def test_a_killed_training_resumes_to_the_same_bits(trained, call, tmp_path):
     place = "--data", trained / "data", "--out", tmp_path / "run"
     flags = *TRAINED, *place, "--save-every", 2, "--log-every", 1
@@ -1315,16 +1139,25 @@ def test_a_first_step_that_fails_leaves_nothing_in_the_way(training, monkeypatch
     assert training("--steps", 2)[0] == 0
 
 
+STEPS = shlex.split("--steps 14 --log-every 3 --save-every 5 --lambda-schedule linear")
+
+
 @pytest.mark.parametrize(
     "number, status, optimizer", [(signal.SIGINT, 130, "adam"), (signal.SIGTERM, 143, "muon")]
 )
 def test_a_signal_saves_first(training, tmp_path, monkeypatch, number, status, optimizer):
     at_step(7, monkeypatch, lambda x0: os.kill(os.getpid(), number))
-    before = signal.getsignal(number)
-    more = "--optimizer", optimizer
-    assert training(*STEPS, *more) == (status, "")
+    before, flags = signal.getsignal(number), (*STEPS, "--optimizer", optimizer)
+    assert training(*flags) == (status, "")
     assert signal.getsignal(number) == before
-    resumes_to_the_same(training, tmp_path, *more, stopped=7)
+    assert meanflow.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 7
+    assert training(*flags, "--resume")[0] == training(*flags, out="whole")[0] == 0
+    assert same(tmp_path / "run", tmp_path / "whole")
+    rows, expected = log(tmp_path / "run"), log(tmp_path / "whole")
+    values = [(row["step"], row["lambda"]) for row in rows if row["step"] != "7"]
+    assert values == [(row["step"], row["lambda"]) for row in expected]
+    seconds = [float(row["seconds"]) for row in rows]
+    assert seconds == sorted(seconds)
 
 
 def test_a_second_signal_ends_at_once(training, tmp_path, monkeypatch):
@@ -1355,6 +1188,10 @@ def test_a_folder_serves_one_training(training, tmp_path):
     assert training("--steps", 2)[0] == 0
     before = {file: file.read_bytes() for file in (tmp_path / "run").iterdir()}
     assert "--resume" in one_line(training("--steps", 2))
+    changes = {"lr": 0.5, "steps": 3, "guidance": 2}  # steps, as the learning rate's decay has them
+    for name, value in changes.items():
+        flags = "--steps", 2, f"--{name}", value, "--resume"
+        assert f"{name} was" in one_line(training(*flags))
     with filelock.FileLock(tmp_path / "run" / ".lock"):
         assert "another training" in one_line(training("--steps", 2, "--resume"))
     assert before == {file: file.read_bytes() for file in before}
@@ -1378,23 +1215,10 @@ def test_resume_without_a_training_starts_one_and_a_spoilt_log_is_written_again(
         row["loss"] for row in log(tmp_path / "whole")]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (("--lr", 0.5), "lr was 0.003"),
-        (("--steps", 3), "steps was 2"),  # the learning rate's decay depends on them
-        (("--no-class-cond",), "class-cond was True"),
-        (("--lambda-schedule", "linear"), "lambda-schedule was falling"),
-    ],
-)
-def test_resuming_refuses_other_settings(training, flags, message):
-    assert training("--steps", 2)[0] == 0
-    assert message in one_line(training("--steps", 2, *flags, "--resume"))
-
-
 def test_an_isolated_nan_skips_that_update(training, tmp_path, monkeypatch):
     at_step([2, 4], monkeypatch, lambda x0: x0.fill_(math.nan))
     flags = "--steps", 6, "--log-every", 3, "--save-every", 1, "--optimizer", "muon"
+    flags = *flags, "--amp", "bf16"
     assert training(*flags)[0] == 0
     assert [int(row["skipped"]) for row in log(tmp_path / "run")] == [0, 1, 0, 1, 0, 0]
     assert all(value.isfinite().all() for value in weights(tmp_path / "run"))
@@ -1447,22 +1271,13 @@ def change(file, **changes):
 
 NO_CHECKPOINTS = {
     "missing": lambda file: file.unlink(),
-    "empty": lambda file: file.write_bytes(b""),
     "cut": lambda file: file.write_bytes(file.read_bytes()[:10_000]),
-    "csv": lambda file: file.write_text("step,loss\n2,1.5\n"),
     "text": lambda file: file.write_text("hello world\n"),
-    "yaml": lambda file: file.write_text("steps: 4\n"),
-    "requirements": lambda file: file.write_text("torch>=2.11\n"),
-    "letters": lambda file: file.write_text("Gxx"),
     "zip": lambda file: file.write_bytes(b"PK\x03\x04 damaged"),
-    "list": lambda file: torch.save([1, 2], file),
     "foreign": lambda file: torch.save({"state_dict": {}}, file),
     "older": lambda file: change(file, format="meanflow 0"),
-    "hollow": lambda file: torch.save({"format": meanflow.FORMAT}, file),
     "no weights": lambda file: change(file, ema={}, model={}),
-    "resized": lambda file: change(file, unet={"channels": 1, "size": 28, "width": 16}),
     "odd network": lambda file: change(file, unet={"channels": "one", "size": None}),
-    "no dict": lambda file: change(file, unet=3, args=None),
 }
 
 
@@ -1482,8 +1297,8 @@ def test_what_is_no_checkpoint_is_named(trained, call, tmp_path, damage):
 
 @pytest.mark.parametrize(
     "flags",
-    """--steps 0; --steps 1.5; --steps 1e3; --steps 99999999999999999999; --batch-size -1; --lr 0
-    --lr nan; --lr inf; --lr fast; --ema 1; --lambda-max 1.1; --lambda-warmup 0; --guidance -1
+    """--steps 0; --steps 1.5; --steps 99999999999999999999; --lr 0; --lr nan; --ema 1
+    --lambda-max 1.1; --guidance -1
     --lambda-schedule sine; --jump-share nan; --seed 9223372036854775808; --device gpu
     --amp fp16 --device cpu; --lambda-shedule linear; --lambda linear; --t-logit nan 1
     --t-logit 0 -1; --r-logit 0; --r-logit 0 inf; --lambda-warmup 3 --steps 2
@@ -1496,19 +1311,19 @@ def test_a_wrong_flag_ends_with_one_line_and_nothing_written(training, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_curriculum_without_a_schedule_is_refused():
-    for flag in "--lambda-max", "--lambda-warmup":
-        args = meanflow.train_parser("").parse_args([flag, "1"])
-        with pytest.raises(meanflow.UserError, match="need a --lambda-schedule"):
-            meanflow.completed(args, world=1)
-
-
-def test_a_batch_that_cannot_be_divided_is_refused():
-    args = meanflow.train_parser("").parse_args([])
-    with pytest.raises(meanflow.UserError, match=r"--batch-size 64.*3 processes"):
-        meanflow.completed(args, world=3)
-    with pytest.raises(meanflow.UserError, match=r"--jump-share 0.25 of 1 images"):
-        meanflow.completed(args, world=64)
+@pytest.mark.parametrize(
+    "flags, world, message",
+    [
+        (["--lambda-max", "1"], 1, "need a --lambda-schedule"),
+        (["--lambda-warmup", "1"], 1, "need a --lambda-schedule"),
+        ([], 3, "--batch-size 64.*3 processes"),
+        ([], 64, "--jump-share 0.25 of 1 images"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(flags, world, message):
+    args = meanflow.train_parser("").parse_args(flags)
+    with pytest.raises(meanflow.UserError, match=message):
+        meanflow.completed(args, world)
 
 
 @pytest.mark.parametrize("main", [train_mnist.main, train_cifar.main, meanflow.main])
@@ -1519,18 +1334,17 @@ def test_help_needs_no_unicode(main, capsys):
     assert out.isascii() and "--steps" in out
 
 
-@pytest.mark.parametrize("fault", ["missing", "cut", "labels"])
+@pytest.mark.parametrize("fault", ["missing", "cut"])
 def test_data_that_are_not_whole_are_named(call, tmp_path, monkeypatch, fault):
     for name in "http_proxy", "https_proxy":
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
-    if fault != "missing":
-        write_mnist(tmp_path / "data", labels=60 if fault == "labels" else None)
     if fault == "cut":
+        write_mnist(tmp_path / "data")
         file = tmp_path / "data" / "MNIST" / "raw" / "train-images-idx3-ubyte"
         file.write_bytes(file.read_bytes()[:-100])
     place = "--data", tmp_path / "data", "--out", tmp_path / "run"
     error = one_line(call(train_mnist.main, *place, "--steps", 1))
-    assert ("64 images, but 60 labels" if fault == "labels" else str(tmp_path / "data")) in error
+    assert str(tmp_path / "data") in error
     assert not (tmp_path / "run").exists()
 
 
