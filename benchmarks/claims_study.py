@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from lambda_study import ASSETS, Job, cell, mean_and_range, train_all
 
-CURRICULA = {  # λ and tangent: (name, colour)
-    ("0", "conditional"): ("λ = 0", "#2a7f9e"),
-    ("0 to 1, linear", "conditional"): ("rising, conditional (the paper's)", "#d1495b"),
-    ("0 to 1, linear", "marginal"): ("rising, marginal", "#edae49"),
-    ("1 to 0, falling", "mixed"): ("falling, mixed (train_mnist.py)", "#3d7a3d"),
+CURRICULA = {  # λ and tangent: (name, colour, line)
+    ("0", "conditional"): ("λ = 0", "#2a7f9e", "-"),
+    ("0 to 1, linear", "conditional"): ("rising, conditional (the paper's)", "#d1495b", "-"),
+    ("0 to 1, linear", "marginal"): ("rising, marginal", "#edae49", "-"),
+    ("1 to 0, falling", "mixed"): ("falling, mixed (train_mnist.py)", "#3d7a3d", "--"),
 }
 IMAGES, RATES = (600, 6_000, 60_000), (1, 3, 10)
 
@@ -40,7 +40,7 @@ def table(title, rows, measures, groups):
     """Print a row for each of `rows` and curriculum; groups: {(curriculum, row): runs}."""
     print(f"\n| {title} | λ |", " | ".join(measures), "| trainings that ended |")
     print("|---" * (3 + len(measures)) + "|")
-    for value, (curriculum, (name, _)) in product(rows, CURRICULA.items()):
+    for value, (curriculum, (name, *_)) in product(rows, CURRICULA.items()):
         runs = groups[curriculum, value]
         cells = [cell(runs, *measure) for measure in measures.values()]
         ended = f"{sum(run['ended'] for run in runs)} of {len(runs)}"
@@ -49,11 +49,11 @@ def table(title, rows, measures, groups):
 
 def lines(axes, values, groups, measure):
     """Draw a measure against `values`, a line through the means and a dot for each seed."""
-    for curriculum, (name, colour) in CURRICULA.items():
+    for curriculum, (name, colour, line) in CURRICULA.items():
         runs = [[run[measure] for run in groups[curriculum, v] if measure in run] for v in values]
         ended = [(v, group) for v, group in zip(values, runs, strict=True) if group]
         means = [mean_and_range(group)[0] for _, group in ended]
-        axes.plot([v for v, _ in ended], means, color=colour, label=name)
+        axes.plot([v for v, _ in ended], means, line, color=colour, label=name)
         for value, group in ended:
             axes.plot([value] * len(group), group, "o", color=colour, markersize=4)
     axes.set(xscale="log", xticks=values)

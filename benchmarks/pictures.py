@@ -72,7 +72,7 @@ def draw_path():
     axes.text(r, x_r + 0.14, "$x_r$", ha="center", va="bottom")
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8}
     axes.text(0.76, 0.42, r"velocity $\bar v(x_t, t)$", ha="center", bbox=box)
-    axes.text(0.29, 0.06, "average velocity $u(x_t, r, t)$", ha="center", color=JUMP, bbox=box)
+    axes.text(0.16, -0.2, "average velocity $u(x_t, r, t)$", ha="center", color=JUMP, bbox=box)
     axes.set(xlim=(-0.02, 1.02), ylim=(-2.1, 2.1), xticks=[0, r, t, 1], yticks=[])
     axes.set_xticklabels(["0\ndata", "r", "t", "1\nnoise"])
     axes.spines["left"].set_visible(False)
