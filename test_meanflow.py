@@ -84,6 +84,12 @@ def gradients(loss, net):
     return torch.cat([g.flatten() for g in grads])
 
 
+def readme_block(words):
+    """Return the first block of Python in the README that holds the words."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return next(block for block in blocks if words in block)
+
+
 # Gaussian data, where the average velocity has a closed form -------------------------------------
 
 MEAN, STD = 0.7, 0.5
@@ -454,26 +460,30 @@ def test_derivatives_of_layers_and_their_gradients_agree_with_differences(name):
     against_differences(net, [*net.parameters()], shape)
 
 
-def test_diffusers_unet_as_it_is():
+def test_diffusers_unet_of_the_readme():
     diffusers = pytest.importorskip("diffusers")
     down, up = ("DownBlock2D", "AttnDownBlock2D"), ("AttnUpBlock2D", "UpBlock2D")
-    options = {"down_block_types": down, "up_block_types": up, "norm_num_groups": 4}
-    options |= {"block_out_channels": (8, 16), "layers_per_block": 1, "attention_head_dim": 8}
-    net = diffusers.UNet2DModel(sample_size=8, in_channels=2, out_channels=1, **options).double()
-
-    def u(x, r, t):
-        return net(torch.cat((x, expand(r, x).expand_as(x)), 1), t).sample
-
-    against_differences(u, [*net.parameters()], (1, 8, 8))
+    small = {"down_block_types": down, "up_block_types": up, "norm_num_groups": 4}
+    small |= {"block_out_channels": (8, 16), "layers_per_block": 1, "attention_head_dim": 8}
+    names = {"torch": torch, "expand": expand}
+    names["UNet2DModel"] = functools.partial(diffusers.UNet2DModel, **small)
+    exec(readme_block("UNet2DModel").split("# torch")[0], names)
+    against_differences(names["model"], [*names["net"].double().parameters()], (3, 8, 8))
+    names["net"].eval()
     with torch.no_grad():
-        meanflow_loss(net.eval() and u, torch.randn(4, 1, 8, 8).double(), 0.0)
+        meanflow_loss(names["model"], torch.randn(4, 3, 8, 8).double(), 0.0)
 
 
-def test_a_timm_block_as_it_is():
-    vision_transformer = pytest.importorskip("timm.models.vision_transformer")
-    block, times = vision_transformer.Block(8, 2).double(), nn.Linear(2, 8).double()
-    u = lambda x, r, t: block(x + times(torch.stack((r, t), 1))[:, None])
-    against_differences(u, [*block.parameters(), *times.parameters()], (5, 8))
+@pytest.mark.parametrize("timm", [False, True])
+def test_transformers_of_the_readme(timm):
+    block, names = readme_block("TransformerEncoder"), {"torch": torch, "nn": nn}
+    exec(block[block.index("# torch") :], names)
+    if timm:
+        module = pytest.importorskip("timm.models.vision_transformer")
+        names["net"] = module.Block(128, 4)
+    names["net"].eval()  # without dropout
+    parts = nn.ModuleList([names["net"], names["times"]]).double()
+    against_differences(names["model"], [*parts.parameters()], (5, 128))
 
 
 class Everything(nn.Module):
@@ -1375,12 +1385,6 @@ def test_an_unwritable_folder_is_named(training, tmp_path):
 
 
 # The README -------------------------------------------------------------------------------------
-
-
-def readme_block(words):
-    """Return the first block of Python in the README that holds the words."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return next(block for block in blocks if words in block)
 
 
 def test_the_first_block_of_the_readme_runs():
