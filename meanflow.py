@@ -19,7 +19,9 @@ Use
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for x0 in batches:                                     # (B, 1, 28, 28)
         loss, err = meanflow_loss(model, x0, lam=0.0)
-        optimizer.zero_grad(), loss.backward(), optimizer.step()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     images = sample(model, torch.randn(64, 1, 28, 28))     # one network evaluation
 """
 
@@ -40,7 +42,7 @@ from torch.overrides import TorchFunctionMode
 
 def expand(t, x):
     """Return t (B,) as (B, 1, ...), so that it multiplies the samples of x (B, ...)."""
-    return t.view(-1, *[1] * (x.ndim - 1))
+    return t.view(t.shape + (1,) * (x.ndim - 1))
 
 
 def path(x0, x1, t):
@@ -219,7 +221,7 @@ def meanflow_loss(
     if jumps:
         at = x_t[:jumps], r[:jumps], t[:jumps]
         direction = velocity(model, at[0], at[2], y_jump) if tangent == "marginal" else v[:jumps]
-        keep = torch.is_tensor(lam) or lam != 0
+        keep = torch.is_tensor(lam) or lam != 0  # a tensor may be on a GPU: its value is not read
         u[:jumps], dudt[:jumps] = total_derivative(model, *at, direction, y_jump, gradients=keep)
     if jumps < n:
         u[jumps:] = evaluate(model, x_t[jumps:], r[jumps:], t[jumps:], y_flow)
@@ -320,95 +322,86 @@ class DerivativeRules(TorchFunctionMode):
             return function(*args, **kwargs)
         x, *rest = args or [kwargs.pop("input")]
         primal, dx = forward_ad.unpack_dual(x)
-        result = function(x if dx is None else primal, *rest, **kwargs)
-        y, dy = forward_ad.unpack_dual(result)
-        if dx is None and dy is None:
-            return result
-        dx = torch.zeros_like(primal) if dx is None else dx
+        if dx is None:
+            return function(x, *rest, **kwargs)
+        y, dy = forward_ad.unpack_dual(function(primal, *rest, **kwargs))
         with nullcontext() if self.gradients else torch.no_grad():
-            dy = rule(function, dy, primal, dx, *rest, **kwargs).to(y.dtype)
+            by_x = rule(function, primal, dx, *rest, **kwargs)
+            dy = (by_x if dy is None else by_x + dy).to(y.dtype)
         if not self.gradients:
             dy = dy.detach()  # a view made under no_grad would refuse to be changed in place
         return forward_ad.make_dual(y, dy)
 
 
-# A rule takes the function, dy, x, dx and the function's further arguments, and returns the tangent
-# of y. The dy it is given is what PyTorch makes of weights that depend on x or t, too, mostly None
+# A rule takes the function, x, dx and the function's further arguments, and returns the part of dy
+# that comes from dx. What comes from weights that depend on x or t is PyTorch's, and is added above
 
 
-def linear(function, dy, x, dx, weight, bias=None, *args, **kwargs):
-    """y = W x + b, W a matrix or a kernel:  dy = W dx, and dW x + db, which PyTorch has right."""
-    product = function(dx, forward_ad.unpack_dual(weight).primal, None, *args, **kwargs)
-    return product if dy is None else product + dy
+def fixed(weight):
+    """Return a weight without its tangent."""
+    return forward_ad.unpack_dual(weight).primal
+
+
+def linear(function, x, dx, weight, bias=None, *args, **kwargs):
+    """y = W x + b, W a matrix or a kernel:  dy = W dx."""
+    return function(dx, fixed(weight), None, *args, **kwargs)
 
 
 def normalized(x, dx, size, eps):
     """n = (x - mean(x)) / std(x), mean and std over each `size` neighbouring elements of x:
-    dn = (dx - mean(dx) - n mean(n dx)) / std(x). Returns n and dn.
+    dn = (dx - mean(dx) - n mean(n dx)) / std(x).
 
-    dn is a symmetric function of dx, so it is what the backward pass of a layer norm computes, and
-    of that PyTorch has the right derivative.
+    This is a symmetric function of dx, so it is what the backward pass of a layer norm computes,
+    and of that PyTorch has the right derivative.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     rows, drows = (z.to(wide).reshape(-1, size) for z in (x, dx))
-    n, mean, rstd = torch.native_layer_norm(rows, [size], None, None, eps)
+    _, mean, rstd = torch.native_layer_norm(rows, [size], None, None, eps)
     backward, wanted = torch.ops.aten.native_layer_norm_backward, [True, False, False]
     dn, _, _ = backward(drows, rows, [size], mean, rstd, None, None, wanted)
-    return n.view(x.shape), dn.view(x.shape)
+    return dn.view(x.shape)
 
 
-def unpacked(parameter):
-    """Return a weight or bias and its tangent, which it has if it depends on x or t; or Nones."""
-    return (None, None) if parameter is None else forward_ad.unpack_dual(parameter)
+def per_channel(weight, x):
+    """Return a weight (C,) as (C, 1, ...), so that it multiplies the channels of x (B, C, ...)."""
+    return fixed(weight).view((-1,) + (1,) * (x.ndim - 2))
 
 
-def scaled(n, dn, weight, bias, like):
-    """y = w n + b:  dy = w dn + dw n + db, with w and b in the shape that `like` gives them."""
-    (weight, dweight), (_, dbias) = unpacked(weight), unpacked(bias)
-    dy = dn if weight is None else like(weight) * dn
-    dy = dy if dweight is None else dy + like(dweight) * n
-    return dy if dbias is None else dy + like(dbias)
-
-
-def per_channel(x):
-    """Return the function that gives w (C,) the shape (C, 1, ...), to multiply x (B, C, ...)."""
-    return lambda w: w.view(-1, *[1] * (x.ndim - 2))
-
-
-def layer_norm(function, dy, x, dx, normalized_shape, weight=None, bias=None, eps=1e-5,
+def layer_norm(function, x, dx, normalized_shape, weight=None, bias=None, eps=1e-5,
                cudnn_enable=True):  # fmt: skip
-    n, dn = normalized(x, dx, math.prod(normalized_shape), eps)
-    return scaled(n, dn, weight, bias, like=lambda w: w)
+    """y = w n + b:  dy = w dn."""
+    dn = normalized(x, dx, math.prod(normalized_shape), eps)
+    return dn if weight is None else fixed(weight) * dn
 
 
-def group_norm(function, dy, x, dx, num_groups, weight=None, bias=None, eps=1e-5,
+def group_norm(function, x, dx, num_groups, weight=None, bias=None, eps=1e-5,
                cudnn_enabled=True):  # fmt: skip
-    n, dn = normalized(x, dx, x.shape[1:].numel() // num_groups, eps)
-    return scaled(n, dn, weight, bias, like=per_channel(x))
+    """y = w n + b:  dy = w dn."""
+    dn = normalized(x, dx, x.shape[1:].numel() // num_groups, eps)
+    return dn if weight is None else per_channel(weight, x) * dn
 
 
-def batch_norm(function, dy, x, dx, running_mean, running_var, weight=None, bias=None,
+def batch_norm(function, x, dx, running_mean, running_var, weight=None, bias=None,
                training=False, momentum=0.1, eps=1e-5, cudnn_enabled=True):  # fmt: skip
-    """y = w n + b, n = (x - running mean) / running std:  dn = dx / running std."""
+    """y = w (x - running mean) / running std + b:  dy = w dx / running std."""
     if training:
         raise ValueError("model must treat samples one by one; batch norm mixes them in training")
-    like = per_channel(x)
-    rstd = like((running_var + eps).rsqrt())
-    return scaled((x - like(running_mean)) * rstd, dx * rstd, weight, bias, like)
+    dn = per_channel((running_var + eps).rsqrt(), x) * dx
+    return dn if weight is None else per_channel(weight, x) * dn
 
 
-def instance_norm(function, dy, x, dx, running_mean=None, running_var=None, weight=None, bias=None,
+def instance_norm(function, x, dx, running_mean=None, running_var=None, weight=None, bias=None,
                   use_input_stats=True, momentum=0.1, eps=1e-5, cudnn_enabled=True):  # fmt: skip
     if use_input_stats:
-        return group_norm(function, dy, x, dx, x.shape[1], weight, bias, eps)
-    return batch_norm(function, dy, x, dx, running_mean, running_var, weight, bias, eps=eps)
+        return group_norm(function, x, dx, x.shape[1], weight, bias, eps)
+    return batch_norm(function, x, dx, running_mean, running_var, weight, bias, eps=eps)
 
 
 def reordered(rule):
     """Return the rule of F's function for torch's of the same name, which takes weights first."""
 
-    def reorder(function, dy, x, dx, weight, bias, running_mean, running_var, *rest, **named):
-        return rule(function, dy, x, dx, running_mean, running_var, weight, bias, *rest, **named)
+    def reorder(function, x, dx, weight, bias, running_mean, running_var, *rest, **named):
+        return rule(function, x, dx, running_mean, running_var, weight, bias, *rest, **named)
 
     return reorder
 
@@ -482,7 +475,7 @@ class Block(nn.Module):
         self.norm1 = nn.GroupNorm(inputs // 8, inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.modulate = nn.Linear(features, 2 * outputs)
-        nn.init.ones_(self.modulate.bias[:outputs])
+        nn.init.ones_(self.modulate.bias[:outputs])  # the scale starts around 1
         self.norm2 = nn.GroupNorm(outputs // 8, outputs)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(outputs, outputs, 3, padding=1))
@@ -575,10 +568,10 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.last(F.silu(self.norm(h))), self.patch)
 
     def check_labels(self, y, r):
-        integer = torch.is_tensor(y) and y.dtype == torch.int64
-        if not (integer and y.shape == r.shape and self.classes):
-            wanted = f"int64 {tuple(r.shape)}" if self.classes else "left out: no classes"
-            raise ValueError(f"y must be {wanted}, got {describe(y)}")
+        if not self.classes:
+            raise ValueError(f"y must be left out: no classes, got {describe(y)}")
+        if not (torch.is_tensor(y) and y.dtype == torch.int64 and y.shape == r.shape):
+            raise ValueError(f"y must be int64 {tuple(r.shape)}, got {describe(y)}")
         if is_free_to_read(y) and y.max() >= self.classes:
             raise ValueError(f"y must be below {self.classes}, got {y.max()}")
 
@@ -615,8 +608,9 @@ def check_logit(name, logit):
 def check_times(r, t, x0):
     if r is None or t is None:
         raise ValueError("r and t must be given together")
-    one_each = x0.flatten(1)[:, 0]
-    alike("r", r, one_each), alike("t", t, one_each)
+    one_each = x0.new_empty(len(x0))
+    alike("r", r, one_each)
+    alike("t", t, one_each)
     wrong = ~((r >= 0) & (r <= t) & (t <= 1))
     if not torch.compiler.is_compiling() and wrong.any():
         pair = f"r = {r[wrong][0].item()}, t = {t[wrong][0].item()}"
@@ -694,26 +688,28 @@ def train(model, images, labels, args, *, flip=False):
     model with the averaged weights, in eval mode. Raises UserError for what the user can mend, and
     SystemExit after SIGINT or SIGTERM, once the checkpoint is written.
     """
-    torchrun = {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
-    rank, world = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE")) if torchrun else (0, 1)
+    launched = {"RANK", "WORLD_SIZE"} <= os.environ.keys()  # by torchrun or its like
+    rank, world = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE")) if launched else (0, 1)
     args = completed(args, world)
     check_data(model, images, labels, args)
     device, out = torch.device(args.device), Path(args.out)
-    images, labels = images.to(device), None if labels is None else labels.to(device)
+    images = images.to(device)
+    labels = None if labels is None else labels.to(device)
     model.to(device).train()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
     adam = torch.optim.Adam(model.parameters(), betas=(0.9, args.beta2), fused=True)
     muon = Muon(model) if args.optimizer == "muon" else None
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     parts = {"model": model, "ema": average.module, "adam": adam, "scaler": scaler}
-    parts |= {"muon": muon} if muon else {}
+    if muon:
+        parts["muon"] = muon
 
-    with sole_user(out, rank), noted_signals(world) as stop:
+    with sole_user(out, rank), noted_signals(world) as signals:
         state = resume(out, parts, args, rank)
         average.n_averaged.fill_(state["step"])  # at 0 the first update copies the weights
         objective = prepared_objective(model, args, device, world)
         recent, mark = [], time.perf_counter()
-        lost = torch.zeros((), device=device)  # latest steps in a row without a finite gradient
+        skipped = torch.zeros((), device=device)  # latest steps in a row, without a finite gradient
         for step in range(state["step"] + 1, args.steps + 1):
             # seeded by the step, so that there is no state of random numbers to save
             torch.manual_seed(hash((args.seed, step - 1, rank)))
@@ -722,30 +718,29 @@ def train(model, images, labels, args, *, flip=False):
             with torch.autocast(device.type, PRECISIONS[args.amp], enabled=args.amp != "off"):
                 loss, err = objective(x0, lam, y, tangent=tangent)
             norm = update(loss, model, adam, muon, scaler, learning_rate(step - 1, args))
-            lost = torch.where(norm.isfinite(), 0, lost + 1)
+            skipped = torch.where(norm.isfinite(), 0, skipped + 1)
             average.update_parameters(model)
             state["step"] = step
 
-            jumps = round(args.jump_share * len(x0))
+            jumps = number_of_jumps(len(x0), args.jump_share)
             means = loss.detach(), err[jumps:].mean(), err[:jumps].mean(), norm
             recent.append(torch.stack(means))  # on the device, which is not waited for
-            signalled = stop[0] if stop else None  # read once: it may come any time
-            saves = signalled or step == args.steps or step % args.save_every == 0
-            if not (saves or step == 1 or step % args.log_every == 0):
+            signalled = signals[0] if signals else None  # read once: it may come any time
+            saves = signalled or step in (1, args.steps) or step % args.save_every == 0
+            if not (saves or step % args.log_every == 0):
                 continue
             measured = torch.stack(recent).cpu()
             seconds = time.perf_counter() - mark
             state["seconds"] += seconds
             report(state, measured, lam, seconds / len(measured), args, rank)
-            if lost >= PATIENCE:
-                raise UserError(f"no finite gradient in {lost:.0f} steps to {step}: a lower --lr?")
+            if skipped >= PATIENCE:
+                message = f"no finite gradient in {skipped:.0f} steps to {step}: a lower --lr?"
+                raise UserError(message)
+            if rank == 0 and saves:
+                save_checkpoint(out, parts, args, state)
+                save_images(draw(average.module, 80, seed=args.seed), out / f"step-{step:06}.png")
             if rank == 0:
-                if saves or step == 1:  # from the first step on --resume works
-                    save_checkpoint(out, parts, args, state)
-                write_log(state["log"], out)  # now, as a log without a checkpoint is refused
-                if saves:
-                    picture = draw(average.module, 80, seed=args.seed)
-                    save_images(picture, out / f"step-{step:06}.png")
+                write_log(state["log"], out)  # last, as a log without a checkpoint is refused
             if signalled and step < args.steps:
                 print(f"\nstopped after step {step}; the same command with --resume goes on")
                 raise SystemExit(128 + signalled)
@@ -756,10 +751,28 @@ def train(model, images, labels, args, *, flip=False):
     return average.module.eval()
 
 
+def prepared_objective(model, args, device, world):
+    """Return the Objective of the model, compiled and distributed as the settings say."""
+    names = "jump_share", "t_logit", "r_logit", "guidance"
+    objective = Objective(model, **{name: getattr(args, name) for name in names})
+    if args.compile:
+        torch._dynamo.config.optimize_ddp = False  # it would split the graph within the JVP
+        objective.compile(dynamic=False)
+    if world == 1:
+        return objective
+    if not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+    return nn.parallel.DistributedDataParallel(objective)
+
+
 def draw_batch(images, labels, n, flip, guidance):
     """Return n random images x0 in [-1, 1] and their labels, a share of which guidance drops."""
     i = torch.randint(len(images), (n,), device=images.device)
-    x0, y = images[i].float() / 127.5 - 1, None if labels is None else labels[i]
+    x0 = images[i].float() / 127.5 - 1
+    y = None if labels is None else labels[i]
     if flip:
         x0 = torch.where(torch.rand_like(x0[:, :1, :1, :1]) < 0.5, x0.flip(3), x0)
     if guidance != 1:
@@ -826,7 +839,7 @@ class Muon(torch.optim.Muon):
         """Use up the kernels' gradients, so that Adam finds none; step if they are `finite`."""
         for matrix, kernel in zip(self.param_groups[0]["params"], self.kernels, strict=True):
             matrix.grad, kernel.grad = kernel.grad.flatten(1), None
-        if finite:
+        if finite:  # which waits for a GPU, unlike Adam's found_inf
             with Float32OnCPU():
                 super().step()
 
@@ -865,23 +878,6 @@ def write_log(rows, out):
     lines = [",".join(rows[0]), *(",".join(f"{z:.8g}" for z in row.values()) for row in rows)]
     with replacing(out / "log.csv") as file:
         file.write_text("\n".join([*lines, ""]), encoding="utf-8")
-
-
-def prepared_objective(model, args, device, world):
-    """Return the Objective of the model, compiled and distributed as the settings say."""
-    names = "jump_share", "t_logit", "r_logit", "guidance"
-    objective = Objective(model, **{name: getattr(args, name) for name in names})
-    if args.compile:
-        torch._dynamo.config.optimize_ddp = False  # it would split the graph within the JVP
-        objective.compile(dynamic=False)
-    if world == 1:
-        return objective
-    if not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
-    return nn.parallel.DistributedDataParallel(objective)
 
 
 @contextmanager
@@ -936,7 +932,7 @@ def save_checkpoint(out, parts, args, state):
 
 def settings(model, args):
     """Return the settings of network and training in the types that any checkpoint can hold."""
-    return json.loads(json.dumps({"unet": model.config, "args": vars(args)}))
+    return json.loads(json.dumps({"unet": model.config, "args": vars(args)}, default=str))
 
 
 def resume(out, parts, args, rank):
@@ -950,13 +946,14 @@ def resume(out, parts, args, rank):
         checkpoint, new = load_checkpoint(file), settings(parts["model"], args)
         with reading(file):
             was, now = checkpoint["unet"] | checkpoint["args"], new["unet"] | new["args"]
-            for name in sorted(was.keys() - MAY_CHANGE - (set() if args.lr_decay else {"steps"})):
+            free = MAY_CHANGE if args.lr_decay else MAY_CHANGE | {"steps"}
+            for name in sorted(was.keys() - free):
                 if was[name] != now.get(name):
                     change = f"{name.replace('_', '-')} was {was[name]}, not {now.get(name)}"
                     raise UserError(f"cannot go on from {file}: {change}")
             for name, part in parts.items():
                 part.load_state_dict(checkpoint[name])
-            return {name: type(value)(checkpoint[name]) for name, value in state.items()}
+            return {name: checkpoint[name] for name in state}
     if rank == 0 and file.exists():
         raise UserError(f"{file} exists: --resume its training, or name another --out")
     if rank == 0 and log.exists():
@@ -1011,8 +1008,15 @@ def replacing(file):
 
 def load_dataset(dataset, folder):
     """Return torchvision's training set `dataset` in the folder, downloaded if it is not there."""
+    from filelock import FileLock
+
     try:
-        return dataset(folder, download=True)
+        try:
+            return dataset(folder)
+        except RuntimeError:  # it is not there; of several processes, one downloads
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with FileLock(Path(folder) / ".lock"):
+                return dataset(folder, download=True)
     except Exception as error:  # as many kinds as there are faults of servers and of files
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         missing = f"no complete {dataset.__name__} in {folder} and no download ({reason})"
@@ -1027,10 +1031,9 @@ def check_data(model, images, labels, args):
         if model.classes or args.guidance != 1:
             raise UserError("--guidance and a model with classes need labels: --class-cond")
         return
-    if not torch.is_tensor(labels) or labels.dtype != torch.int64 or labels.ndim != 1:
-        raise UserError(f"labels must be int64 (N,), got {describe(labels)}")
-    if len(labels) != len(images):
-        raise UserError(f"there are {len(images)} images, but {len(labels)} labels")
+    int64 = torch.is_tensor(labels) and labels.dtype == torch.int64
+    if not (int64 and labels.shape == images.shape[:1]):
+        raise UserError(f"labels must be int64 ({len(images)},), got {describe(labels)}")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= model.classes:
         raise UserError(f"labels go from {low} to {high}, the model has {model.classes} classes")
@@ -1155,7 +1158,7 @@ def completed(args, world):
     args = argparse.Namespace(**vars(args))
     cuda = args.device.startswith("cuda")
     if cuda and world > 1:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if args.amp is None:
         bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         args.amp = "bf16" if bf16 else "fp16" if cuda else "off"
@@ -1165,9 +1168,9 @@ def completed(args, world):
         raise UserError("--amp fp16 needs a GPU; --amp bf16 does not")
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size} does not divide by {world} processes")
-    part = args.batch_size // world
-    if 0 < args.jump_share < 1 and round(args.jump_share * part) in (0, part):
-        raise UserError(f"--jump-share {args.jump_share} of {part} images is none or all of them")
+    each = args.batch_size // world
+    if 0 < args.jump_share < 1 and round(args.jump_share * each) in (0, each):
+        raise UserError(f"--jump-share {args.jump_share} of {each} images is none or all of them")
     if args.lambda_schedule is None:
         if (args.lambda_max, args.lambda_warmup) != (None, None):
             raise UserError("--lambda-max and --lambda-warmup need a --lambda-schedule")

@@ -365,17 +365,6 @@ class SelfAttention(nn.MultiheadAttention):
         return super().forward(x, x, x, need_weights=False)[0]
 
 
-class NormOfWeights(nn.Module):
-    """A layer norm whose input does not depend on x, but its weight does."""
-
-    def __init__(self, features):
-        super().__init__()
-        self.rows = nn.Parameter(torch.randn(features, features))
-
-    def forward(self, x):
-        return F.layer_norm(self.rows.tanh(), x.shape[1:], weight=x.sum(0))[: len(x)]
-
-
 encoder = functools.partial(
     nn.TransformerEncoderLayer, 6, 2, 8, dropout=0.0, activation="gelu", batch_first=True
 )
@@ -400,9 +389,6 @@ LAYERS = {  # a layer or function and the shape of a sample
     "layer norm of channels": (lambda x: F.layer_norm(x.movedim(1, -1), (6,)), IMAGE),
     "torch.layer_norm by names": (
         lambda x: torch.layer_norm(input=x, normalized_shape=(6,), eps=1e-3), VECTOR),
-    "a layer norm whose weight depends on x": (
-        lambda x: F.layer_norm(x, (6,), x.mean(0), x.sin().sum(0)), VECTOR),
-    "a layer norm of weights, whose own weight depends on x": (NormOfWeights(6), VECTOR),
     "a layer norm of nothing, as of an expert that no sample chose": (
         lambda x: x + F.layer_norm(x[x > 99].view(-1, 6), (6,)).sum(0), VECTOR),
     "a layer norm and work in place after it": (
@@ -507,15 +493,15 @@ tiny_unet = functools.partial(UNet, 1, size=4, width=8, multipliers=(1,), classe
 
 
 @pytest.mark.parametrize(
-    "make, tangent, guidance, lams, backend",
+    "make, tangent, guidance, lams, backend, amp",
     [
-        (Everything, "conditional", 1.0, (0.0, 0.5, *TENSORS), "aot_eager"),
-        (Everything, "marginal", 2.0, (0.0, *TENSORS), "aot_eager"),
-        (tiny_unet, "marginal", 1.0, TENSORS[1:], "eager"),  # which takes half the time
+        (Everything, "conditional", 1.0, (0.0, 0.5, *TENSORS), "aot_eager", False),
+        (Everything, "marginal", 2.0, (0.0, *TENSORS), "aot_eager", True),
+        (tiny_unet, "marginal", 1.0, TENSORS[1:], "eager", False),  # which takes half the time
     ],
-    ids=["conditional", "marginal, guidance", "U-Net"],
+    ids=["conditional", "marginal, guidance, bf16", "U-Net"],
 )
-def test_the_whole_loss_compiles_into_one_graph(make, tangent, guidance, lams, backend):
+def test_the_whole_loss_compiles_into_one_graph(make, tangent, guidance, lams, backend, amp):
     net, y = make(), torch.tensor([0, 1, -1, 2])
     x0 = torch.randn(4, *((1, 4, 4) if isinstance(net, UNet) else (2, 3, 3)))
     objective = meanflow.Objective(net, jump_share=0.5, tangent=tangent, guidance=guidance)
@@ -525,9 +511,11 @@ def test_the_whole_loss_compiles_into_one_graph(make, tangent, guidance, lams, b
         results = []
         for module in objective, compiled:
             torch.manual_seed(1)
-            loss, err = module(x0, lam, y)
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                loss, err = module(x0, lam, y)
             results.append((loss, err, *torch.autograd.grad(loss, [*net.parameters()])))
-        assert_close(*results, rtol=1e-4, atol=1e-5)
+        precision = {"rtol": 0.02, "atol": 0.02} if amp else {"rtol": 1e-4, "atol": 1e-5}
+        assert_close(*results, **precision)
 
 
 def test_a_network_may_work_in_place_on_its_input():
@@ -888,7 +876,13 @@ def test_training_writes_log_pictures_and_a_checkpoint(trained, tmp_path):
     assert [float(row["lambda"]) for row in rows] == [0.0, 0.5, 1.0, 1.0]
     assert all(math.isfinite(float(value)) for row in rows for value in row.values())
     names = {file.name for file in (trained / "run").iterdir()} - {".lock"}
-    assert names == {"log.csv", "checkpoint.pt", "samples.png", "step-000005.png"}
+    assert names == {
+        "log.csv",
+        "checkpoint.pt",
+        "samples.png",
+        "step-000001.png",
+        "step-000005.png",
+    }
     assert Image.open(trained / "run" / "samples.png").size == (10 * 30 + 2, 12 * 30 + 2)
     net = meanflow.load_model(trained / "run" / "checkpoint.pt")
     checkpoint = meanflow.load_checkpoint(trained / "run" / "checkpoint.pt")
@@ -987,8 +981,8 @@ def test_every_step_and_every_process_draws_its_own_batch(tmp_path, monkeypatch)
     monkeypatch.setattr(meanflow, "draw_batch", recorded)
     images = torch.randint(0, 256, (50, 1, 8, 8), dtype=torch.uint8)
     for rank in "0", "1", "1":
-        for name, value in ("RANK", rank), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"):
-            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "1")
         flags = ["--steps", "2", "--batch-size", "8", "--out", str(tmp_path / f"{len(seen)}")]
         args = meanflow.train_parser("").parse_args(flags)
         meanflow.train(UNet(1, size=8, width=8), images, None, args)
@@ -1365,7 +1359,11 @@ def test_data_that_are_not_whole_are_named(call, tmp_path, monkeypatch, fault):
         (torch.zeros(4, 3, 8, 8).byte(), torch.arange(3), r"images must be uint8.*\(4, 3, 8, 8\)"),
         (torch.zeros(0, 1, 8, 8).byte(), torch.arange(0), "images must be uint8"),
         (torch.zeros(3, 1, 8, 8).byte(), None, "need labels"),
-        (torch.zeros(3, 1, 8, 8).byte(), torch.arange(4), "3 images, but 4 labels"),
+        (
+            torch.zeros(3, 1, 8, 8).byte(),
+            torch.arange(4),
+            r"labels must be int64 \(3,\)",
+        ),
         (torch.zeros(3, 1, 8, 8).byte(), torch.zeros(3), "labels must be int64"),
         (torch.zeros(3, 1, 8, 8).byte(), torch.eye(3).long(), "labels must be int64"),
         (torch.zeros(4, 1, 8, 8).byte(), torch.arange(4), "from 0 to 3"),
