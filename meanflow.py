@@ -11,10 +11,11 @@ Conventions, the same in the code, the docstrings and the README
     x_t        (1 - t) x0 + t x1, the path
     v          x1 - x0, the velocity along it
     u(x, r, t) the average velocity from r to t, what the network learns: x_r = x_t - (t - r) u
-    dudt       du/dt, one Jacobian-vector product along (velocity, 0, 1)
+    dudt       du/dt, one Jacobian-vector product along (v, 0, 1) or along (u(x, t, t), 0, 1)
     lam        λ in [0, 1], the share of dudt's own gradient that is kept
+    jumps      samples with r < t; only they need du/dt
 
-Use
+Use, with PyTorch 2.11 or newer
     model = UNet(channels=1, size=28)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for x0 in batches:                                     # (B, 1, 28, 28)
@@ -65,17 +66,23 @@ def sample_times(n, *, jump_share=0.25, t_logit=(-0.4, 1.0), r_logit=None, devic
     r_logit     the same for r, then clipped to t; None: r and t are two draws of t_logit, sorted
     Raises ValueError for values outside these ranges.
     """
-    jumps = number_of_jumps(n, jump_share)
-    draw = lambda mean, std: torch.sigmoid(mean + std * torch.randn(n, device=device, dtype=dtype))
+    return draw_times(n, number_of_jumps(n, jump_share), t_logit, r_logit, device, dtype)
+
+
+def draw_times(n, k, t_logit, r_logit, device, dtype):
+    """Return `sample_times` of n samples, of which the first k jump."""
     check_logit("t_logit", t_logit)
-    t = draw(*t_logit)
+    logit_normal = lambda mean, std: torch.sigmoid(
+        mean + std * torch.randn(n, device=device, dtype=dtype)
+    )
+    t = logit_normal(*t_logit)
     if r_logit is None:
-        other = draw(*t_logit)
-        r, t = torch.minimum(t, other), torch.maximum(t, other)
+        other = logit_normal(*t_logit)
+        r, t = torch.minimum(t, other), torch.maximum(t, other)  # also where r = t, as MeanFlow
     else:
         check_logit("r_logit", r_logit)
-        r = torch.minimum(t, draw(*r_logit))
-    return torch.cat((r[:jumps], t[jumps:])), t
+        r = torch.minimum(t, logit_normal(*r_logit))
+    return torch.cat((r[:k], t[k:])), t
 
 
 def number_of_jumps(n, jump_share):
@@ -99,7 +106,7 @@ def sg_lambda(z, lam):
     z    tensor of any shape
     lam  λ in [0, 1], a number or a 0-dim tensor
     """
-    return z.detach() + lam * (z - z.detach())  # which has exactly the value of z
+    return z.detach() + lam * (z - z.detach())  # so written, its value is that of z to the last bit
 
 
 LAMBDA_SCHEDULES = {  # s is the part of the warm-up that is done
@@ -113,8 +120,9 @@ LAMBDA_SCHEDULES = {  # s is the part of the warm-up that is done
 def lambda_schedule(name, *, warmup, maximum=1.0):
     """Return the curriculum step -> λ, which changes up to step `warmup` and is constant after it.
 
-    name     one of LAMBDA_SCHEDULES: "constant" is `maximum` throughout, "linear" is the paper's
-             min(1, step / warmup) times it, "cosine" rises smoothly, "falling" ends at 0
+    name     one of LAMBDA_SCHEDULES: "constant" is `maximum` throughout, "linear" is
+             maximum * min(1, step / warmup), the paper's, "cosine" rises smoothly to the maximum,
+             "falling" goes linearly from it to 0
     warmup   number of steps, at least 0; with 0 the curriculum is at its end from the start
     maximum  the largest λ, in [0, 1]
     Raises ValueError for anything else.
@@ -148,7 +156,7 @@ def evaluate(model, x, r, t, y=None):
 @torch.no_grad()
 def velocity(model, x_t, t, y=None):
     """Return u(x_t, t, t), the network's estimate of E[v | x_t], without a gradient."""
-    return evaluate(model, x_t, t, t, y).to(x_t.dtype)
+    return evaluate(model, x_t, t, t, y).to(x_t.dtype)  # which a tangent of x_t must have
 
 
 def guided_velocity(model, x_t, t, v, y, guidance):
@@ -164,7 +172,8 @@ def total_derivative(model, x_t, r, t, v, y=None, *, gradients=True):
     """Return u(x_t, r, t) and du/dt = ∂u/∂x · v + ∂u/∂t, both shaped like x_t (B, ...).
 
     One forward-mode pass along (v, 0, 1), so dropout masks are shared by value and derivative.
-    gradients=False returns du/dt as a constant, for which the rules below keep no graph.
+    gradients=False returns du/dt as a constant, of which no graph is kept.
+    Raises RuntimeError in inference mode.
     """
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         # inference mode would make du/dt zero on torch 2.11
@@ -183,10 +192,12 @@ def meanflow_loss(
 ):  # fmt: skip
     """Return the loss E[w ||e||²], e = u + (t - r) SG_λ[du/dt] - v, w = stopgrad(||e||² + c)^-p.
 
-    model     callable (x, r, t) or, where labels are given, (x, r, t, y) -> u, shaped like x; it
-              must treat samples one by one, which batch norm in training mode does not
+    model     callable (x, r, t) or, where labels are given, (x, r, t, y) -> u, shaped like x. It
+              must treat samples one by one, which batch norm in training mode does not, and embed
+              times in low frequencies, since du/dt grows with them
     x0, y     data (B, ...), whose dtype and device x1, r and t must have, too; labels (B, ...)
-    lam       λ in [0, 1], number or 0-dim tensor: 0 is MeanFlow's loss, 1 differentiates all of e
+    lam       λ in [0, 1], number or 0-dim tensor: 0 is MeanFlow's loss, 1 differentiates all of e.
+              The number 0 is cheaper than a tensor of it
     x1        noise, shaped like x0; if not given, drawn from N(0, I)
     r, t      times (B,), 0 <= r <= t <= 1; if not given, drawn by `sample_times` with jump_share,
               t_logit and r_logit: the first samples of the batch jump, so shuffle it
@@ -194,7 +205,8 @@ def meanflow_loss(
               the latter, for p = 0, the true u is stationary for every λ. It takes one more
               forward pass of the jumps, with a dropout mask of its own
     guidance  ω; unless it is 1, `guided_velocity` takes the place of v, at one more forward pass,
-              which calls the model without labels. Needs labels y (B,)
+              which calls the model without labels. Needs labels y (B,), a tenth of them -1, say,
+              which the model must take as it takes a missing y
     p, c      power >= 0 and offset > 0 of the adaptive weight; p = 0 is the plain squared error,
               larger ones move what is learned from the mean towards the mode
     Returns the scalar loss and, for a log, the detached mean of e² in each sample, (B,).
@@ -202,34 +214,35 @@ def meanflow_loss(
     """
     check_arguments(x0, y, lam, tangent, guidance, p, c)
     x1 = torch.randn_like(x0) if x1 is None else alike("x1", x1, x0)
-    n = jumps = len(x0)  # all of them, where the times are given
+    n = len(x0)
     if r is None and t is None:
-        jumps = number_of_jumps(n, jump_share)
-        options = {"t_logit": t_logit, "r_logit": r_logit, "device": x0.device, "dtype": x0.dtype}
-        r, t = sample_times(n, jump_share=jumps / n, **options)  # so that `jumps` of them jump
+        k = number_of_jumps(n, jump_share)
+        r, t = draw_times(n, k, t_logit, r_logit, x0.device, x0.dtype)
     else:
         check_times(r, t, x0)
+        k = n  # any of them may jump
 
     x_t, v = path(x0, x1, t)
     if guidance != 1:
         v = guided_velocity(model, x_t, t, v, y, guidance)
 
-    # u for all samples, du/dt for the jumps alone: elsewhere t - r = 0
-    y_jump, y_flow = (None, None) if y is None else (y[:jumps], y[jumps:])
+    # u of all samples, du/dt of the k that jump: elsewhere t - r = 0
     u = torch.empty_like(v, dtype=torch.promote_types(v.dtype, torch.float32))
     dudt = torch.zeros_like(u)
-    if jumps:
-        at = x_t[:jumps], r[:jumps], t[:jumps]
-        direction = velocity(model, at[0], at[2], y_jump) if tangent == "marginal" else v[:jumps]
+    y_jump, y_flow = (None, None) if y is None else (y[:k], y[k:])
+    if k:
+        at = x_t[:k], r[:k], t[:k]
+        direction = v[:k] if tangent == "conditional" else velocity(model, x_t[:k], t[:k], y_jump)
         keep = torch.is_tensor(lam) or lam != 0  # a tensor may be on a GPU: its value is not read
-        u[:jumps], dudt[:jumps] = total_derivative(model, *at, direction, y_jump, gradients=keep)
-    if jumps < n:
-        u[jumps:] = evaluate(model, x_t[jumps:], r[jumps:], t[jumps:], y_flow)
+        u[:k], dudt[:k] = total_derivative(model, *at, direction, y_jump, gradients=keep)
+    if k < n:
+        u[k:] = evaluate(model, x_t[k:], r[k:], t[k:], y_flow)
 
     e = u + expand(t - r, u) * sg_lambda(dudt, lam) - v
     square = e.flatten(1).square().sum(1)  # ||e||², (B,)
     weight = (square.detach() + c) ** -p
-    return (weight * square).mean(), square.detach() / e[0].numel()
+    err = square.detach() / e[0].numel()  # mean of e² in each sample
+    return (weight * square).mean(), err
 
 
 class Objective(nn.Module):
@@ -253,14 +266,14 @@ class Objective(nn.Module):
 
 @torch.no_grad()
 def sample(model, x1, *, steps=1, y=None, times=None):
-    """Return x0 (B, ...), generated from the noise x1 by jumps x_r = x_t - (t - r) u(x_t, r, t).
+    """Return x0 (B, ...), generated from the noise x1 in steps x_r = x_t - (t - r) u(x_t, r, t).
 
     model  as in `meanflow_loss`; a Module is run in eval mode and then restored, for any other
            callable set the mode yourself
     x1     noise (B, ...) ~ N(0, I), which sets device and dtype
-    steps  number of jumps and network evaluations, at least 1, on an even grid from t = 1 to 0
-    times  in the place of `steps`, the grid itself: decreasing numbers from 1 to 0
+    steps  number of network evaluations, at least 1, on an even grid from t = 1 to 0
     y      labels (B, ...) for a model that takes them
+    times  in the place of `steps`, the grid itself: decreasing numbers from 1 to 0
     Raises ValueError that names the argument.
     """
     if not (torch.is_tensor(x1) and x1.is_floating_point() and x1.ndim > 1):
@@ -270,7 +283,7 @@ def sample(model, x1, *, steps=1, y=None, times=None):
     modules = model.modules() if isinstance(model, nn.Module) else ()
     training = [module for module in modules if module.training]
     try:
-        for module in training:
+        for module in training:  # one by one, so that frozen parts stay in eval mode
             module.training = False
         for t, r in pairwise(time_grid(steps, times)):
             u = evaluate(model, x, x.new_full(x.shape[:1], r), x.new_full(x.shape[:1], t), y)
@@ -333,8 +346,9 @@ class DerivativeRules(TorchFunctionMode):
         return forward_ad.make_dual(y, dy)
 
 
-# A rule takes the function, x, dx and the function's further arguments, and returns the part of dy
-# that comes from dx. What comes from weights that depend on x or t is PyTorch's, and is added above
+# A rule takes the function, which only `linear` needs, x, dx and the function's further arguments.
+# It returns the part of dy that comes from dx. What comes from weights that depend on x or t is
+# PyTorch's, and is added above.
 
 
 def fixed(weight):
@@ -351,8 +365,8 @@ def normalized(x, dx, size, eps):
     """n = (x - mean(x)) / std(x), mean and std over each `size` neighbouring elements of x:
     dn = (dx - mean(dx) - n mean(n dx)) / std(x).
 
-    This is a symmetric function of dx, so it is what the backward pass of a layer norm computes,
-    and of that PyTorch has the right derivative.
+    dn is a symmetric matrix times dx. So the backward pass of a layer norm, which multiplies by the
+    transpose, computes it, too, and of that PyTorch has the right derivative.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     rows, drows = (z.to(wide).reshape(-1, size) for z in (x, dx))
@@ -406,7 +420,7 @@ def reordered(rule):
     return reorder
 
 
-RULES = {
+RULES = {  # F.conv2d is torch.conv2d, but norms exist twice
     F.linear: linear,
     torch.conv1d: linear,
     torch.conv2d: linear,
@@ -441,7 +455,7 @@ class Embedding(nn.Module):
     def __init__(self, features, classes):
         super().__init__()
         self.label = nn.Embedding(1 + classes, features)  # the first row is "no label"
-        self.time = nn.Linear(20, features)
+        self.time = nn.Linear(20, features)  # sine and cosine of two times, in five frequencies
         self.mix = nn.Linear(features, features)
 
     def forward(self, r, t, y):
@@ -612,7 +626,7 @@ def check_times(r, t, x0):
     alike("r", r, one_each)
     alike("t", t, one_each)
     wrong = ~((r >= 0) & (r <= t) & (t <= 1))
-    if not torch.compiler.is_compiling() and wrong.any():
+    if is_free_to_read(wrong) and wrong.any():
         pair = f"r = {r[wrong][0].item()}, t = {t[wrong][0].item()}"
         raise ValueError(f"need 0 <= r <= t <= 1, got a sample with {pair}")
 
@@ -691,6 +705,7 @@ def train(model, images, labels, args, *, flip=False):
     launched = {"RANK", "WORLD_SIZE"} <= os.environ.keys()  # by torchrun or its like
     rank, world = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE")) if launched else (0, 1)
     args = completed(args, world)
+    args.world, args.flip = world, flip  # which --resume must find again
     check_data(model, images, labels, args)
     device, out = torch.device(args.device), Path(args.out)
     images = images.to(device)
@@ -1000,7 +1015,7 @@ def replacing(file):
         yield temporary
         os.replace(temporary, file)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter
-        reason = getattr(error, "strerror", None) or "is the disk full?"
+        reason = getattr(error, "strerror", None) or f"is the disk full? {error}"
         raise UserError(f"cannot write {file}: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -1219,6 +1219,20 @@ def test_resume_without_a_training_starts_one_and_a_spoilt_log_is_written_again(
         row["loss"] for row in log(tmp_path / "whole")]  # fmt: skip
 
 
+def test_resuming_asks_for_the_same_mirroring_and_number_of_processes(tmp_path, monkeypatch):
+    settings = {"steps": 1, "batch_size": 8, "out": str(tmp_path), "resume": True}
+    args = meanflow.train_parser("", **settings).parse_args([])
+    images = torch.zeros(9, 1, 8, 8, dtype=torch.uint8)
+    train = lambda **flip: meanflow.train(UNet(1, size=8, width=8), images, None, args, **flip)
+    train()
+    with pytest.raises(meanflow.UserError, match="flip was False, not True"):
+        train(flip=True)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(meanflow.UserError, match="world was 1, not 2"):
+        train()
+
+
 def test_an_isolated_nan_skips_that_update(training, tmp_path, monkeypatch):
     at_step([2, 4], monkeypatch, lambda x0: x0.fill_(math.nan))
     flags = "--steps", 6, "--log-every", 3, "--save-every", 1, "--optimizer", "muon"
