@@ -13,6 +13,8 @@ import signal
 import struct
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import filelock
@@ -1364,6 +1366,21 @@ def test_data_that_are_not_whole_are_named(call, tmp_path, monkeypatch, fault):
     error = one_line(call(train_mnist.main, *place, "--steps", 1))
     assert str(tmp_path / "data") in error
     assert not (tmp_path / "run").exists()
+
+
+def test_of_several_processes_one_downloads(tmp_path):
+    def dataset(folder, download=False):
+        if not (folder / "data").exists():
+            if not download:
+                raise RuntimeError("not found")
+            (folder / "busy").touch(exist_ok=False)  # fails if another one is at it
+            time.sleep(0.1)
+            (folder / "data").touch()
+        return "data"
+
+    with ThreadPoolExecutor() as pool:
+        loaded = pool.map(meanflow.load_dataset, [dataset] * 3, [tmp_path] * 3)
+        assert [*loaded] == ["data"] * 3
 
 
 @pytest.mark.parametrize(
