@@ -4,7 +4,8 @@ One command for each picture:
 
     python benchmarks/pictures.py path                    # a flow, a velocity, an average velocity
     python benchmarks/pictures.py moons                   # what λ does in the plane, two minutes
-    python benchmarks/pictures.py log runs/mnist/log.csv  # the errors of a training
+    python benchmarks/pictures.py log                     # the errors of a training
+    python benchmarks/pictures.py guidance                # of train_mnist.py and --guidance 2
 """
 
 import argparse
@@ -17,6 +18,7 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.ticker import LogLocator, NullLocator
 from torch import nn
+from torchvision.utils import make_grid, save_image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -146,7 +148,7 @@ def draw_moons():
 # The log of a training ---------------------------------------------------------------------------
 
 
-def draw_log(file):
+def draw_log(file="runs/mnist/log.csv"):
     with open(file, encoding="utf-8") as rows:
         log = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(rows)]
     column = lambda name: [row[name] for row in log]
@@ -172,15 +174,26 @@ def draw_log(file):
     figure.savefig(ASSETS / "log.png", dpi=130)
 
 
+# The same noise with and without guidance ---------------------------------------------------------
+
+
+def draw_guidance(plain="runs/mnist/checkpoint.pt", guided="runs/guided/checkpoint.pt"):
+    options = {"nrow": 10, "normalize": True, "value_range": (-1, 1)}
+    digits = (meanflow.draw(meanflow.load_model(file), 40) for file in (plain, guided))
+    left, right = (make_grid(images, **options) for images in digits)
+    gap = torch.ones(3, left.shape[1], 16)
+    save_image(torch.cat((left, gap, right), 2), ASSETS / "guidance.png")
+
+
+PICTURES = {"path": draw_path, "moons": draw_moons, "log": draw_log, "guidance": draw_guidance}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("picture", choices=["path", "moons", "log"])
-    parser.add_argument("log", nargs="?", default="runs/mnist/log.csv")
+    parser.add_argument("picture", choices=PICTURES)
+    parser.add_argument("files", nargs="*", help="what it is drawn from, as above")
     args = parser.parse_args()
-    if args.picture == "log":
-        draw_log(args.log)
-    else:
-        {"path": draw_path, "moons": draw_moons}[args.picture]()
+    PICTURES[args.picture](*args.files)
 
 
 if __name__ == "__main__":
