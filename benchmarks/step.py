@@ -199,7 +199,7 @@ def compare(network, batch, shares, rounds, device, compiled, amp, profile):
         row = (f"{theory:.2f}", f"{middle:.2f}", f"{middle / theory - 1:.0%}") if theory else (
             "", f"{middle:.2f}", "")  # fmt: skip
         row += (f"{low:.2f} to {high:.2f}",)
-        row += f"{memory[name] / base_memory:.2f}", f"{batch / base / middle:.0f}"
+        row += f"{memory[name] / base_memory:.2f}", f"{batch / base / middle:.3g}"
         print("|", name, "|", " | ".join(row), "|", flush=True)
     for name in [*works][: 1 + 2 * len(shares)] if profile else ():
         print_profile(name, works[name], device)
@@ -214,7 +214,7 @@ def sampling(network, device, sizes):
         work = lambda x1=x1: meanflow.sample(net, x1)
         work()
         fastest = min(seconds(work, device) for _ in range(3))
-        print(f"| {size} | {size / fastest:.0f} |", flush=True)
+        print(f"| {size} | {size / fastest:.3g} |", flush=True)
         if fastest > 10:  # seconds; larger batches take minutes
             break
 
