@@ -335,87 +335,96 @@ class DerivativeRules(TorchFunctionMode):
             return function(*args, **kwargs)
         x, *rest = args or [kwargs.pop("input")]
         primal, dx = forward_ad.unpack_dual(x)
-        if dx is None:
-            return function(x, *rest, **kwargs)
-        y, dy = forward_ad.unpack_dual(function(primal, *rest, **kwargs))
+        result = function(x if dx is None else primal, *rest, **kwargs)
+        y, dy = forward_ad.unpack_dual(result)
+        if dx is None and dy is None:
+            return result
+        dx = torch.zeros_like(primal) if dx is None else dx
         with nullcontext() if self.gradients else torch.no_grad():
-            by_x = rule(function, primal, dx, *rest, **kwargs)
-            dy = (by_x if dy is None else by_x + dy).to(y.dtype)
+            dy = rule(function, dy, primal, dx, *rest, **kwargs).to(y.dtype)
         if not self.gradients:
             dy = dy.detach()  # a view made under no_grad would refuse to be changed in place
         return forward_ad.make_dual(y, dy)
 
 
-# A rule takes the function, which only `linear` needs, x, dx and the function's further arguments.
-# It returns the part of dy that comes from dx. What comes from weights that depend on x or t is
-# PyTorch's, and is added above.
+# A rule takes the function, dy, x, dx and the function's further arguments, and returns the tangent
+# of y. The dy it is given, mostly None, is what PyTorch makes of weights that depend on x or t, and
+# right for `linear` alone, which is also alone in needing the function.
 
 
-def fixed(weight):
-    """Return a weight without its tangent."""
-    return forward_ad.unpack_dual(weight).primal
-
-
-def linear(function, x, dx, weight, bias=None, *args, **kwargs):
-    """y = W x + b, W a matrix or a kernel:  dy = W dx."""
-    return function(dx, fixed(weight), None, *args, **kwargs)
+def linear(function, dy, x, dx, weight, bias=None, *args, **kwargs):
+    """y = W x + b, W a matrix or a kernel:  dy = W dx, and dW x + db, which PyTorch has right."""
+    product = function(dx, forward_ad.unpack_dual(weight).primal, None, *args, **kwargs)
+    return product if dy is None else product + dy
 
 
 def normalized(x, dx, size, eps):
     """n = (x - mean(x)) / std(x), mean and std over each `size` neighbouring elements of x:
-    dn = (dx - mean(dx) - n mean(n dx)) / std(x).
+    dn = (dx - mean(dx) - n mean(n dx)) / std(x). Returns n and dn.
 
     dn is a symmetric matrix times dx. So the backward pass of a layer norm, which multiplies by the
     transpose, computes it, too, and of that PyTorch has the right derivative.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     rows, drows = (z.to(wide).reshape(-1, size) for z in (x, dx))
-    _, mean, rstd = torch.native_layer_norm(rows, [size], None, None, eps)
+    n, mean, rstd = torch.native_layer_norm(rows, [size], None, None, eps)
     backward, wanted = torch.ops.aten.native_layer_norm_backward, [True, False, False]
     dn, _, _ = backward(drows, rows, [size], mean, rstd, None, None, wanted)
-    return dn.view(x.shape)
+    return n.view(x.shape), dn.view(x.shape)
 
 
-def per_channel(weight, x):
-    """Return a weight (C,) as (C, 1, ...), so that it multiplies the channels of x (B, C, ...)."""
-    return fixed(weight).view((-1,) + (1,) * (x.ndim - 2))
+def unpacked(parameter):
+    """Return a weight or bias and its tangent, which it has if it depends on x or t; or Nones."""
+    return (None, None) if parameter is None else forward_ad.unpack_dual(parameter)
 
 
-def layer_norm(function, x, dx, normalized_shape, weight=None, bias=None, eps=1e-5,
+def scaled(n, dn, weight, bias, like):
+    """y = w n + b:  dy = w dn + dw n + db, with w and b in the shape that `like` gives them."""
+    (weight, dweight), (_, dbias) = unpacked(weight), unpacked(bias)
+    dy = dn if weight is None else like(weight) * dn
+    dy = dy if dweight is None else dy + like(dweight) * n
+    return dy if dbias is None else dy + like(dbias)
+
+
+def per_channel(x):
+    """Return the function that gives w (C,) the shape (C, 1, ...), to multiply x (B, C, ...)."""
+    return lambda w: w.view(-1, *[1] * (x.ndim - 2))
+
+
+def layer_norm(function, dy, x, dx, normalized_shape, weight=None, bias=None, eps=1e-5,
                cudnn_enable=True):  # fmt: skip
-    """y = w n + b:  dy = w dn."""
-    dn = normalized(x, dx, math.prod(normalized_shape), eps)
-    return dn if weight is None else fixed(weight) * dn
+    n, dn = normalized(x, dx, math.prod(normalized_shape), eps)
+    return scaled(n, dn, weight, bias, like=lambda w: w)
 
 
-def group_norm(function, x, dx, num_groups, weight=None, bias=None, eps=1e-5,
+def group_norm(function, dy, x, dx, num_groups, weight=None, bias=None, eps=1e-5,
                cudnn_enabled=True):  # fmt: skip
-    """y = w n + b:  dy = w dn."""
-    dn = normalized(x, dx, x.shape[1:].numel() // num_groups, eps)
-    return dn if weight is None else per_channel(weight, x) * dn
+    n, dn = normalized(x, dx, x.shape[1:].numel() // num_groups, eps)
+    return scaled(n, dn, weight, bias, like=per_channel(x))
 
 
-def batch_norm(function, x, dx, running_mean, running_var, weight=None, bias=None,
+def batch_norm(function, dy, x, dx, running_mean, running_var, weight=None, bias=None,
                training=False, momentum=0.1, eps=1e-5, cudnn_enabled=True):  # fmt: skip
-    """y = w (x - running mean) / running std + b:  dy = w dx / running std."""
+    """y = w n + b, n = (x - running mean) / running std:  dn = dx / running std."""
     if training:
         raise ValueError("model must treat samples one by one; batch norm mixes them in training")
-    dn = per_channel((running_var + eps).rsqrt(), x) * dx
-    return dn if weight is None else per_channel(weight, x) * dn
+    like = per_channel(x)
+    rstd = like((running_var + eps).rsqrt())
+    return scaled((x - like(running_mean)) * rstd, dx * rstd, weight, bias, like)
 
 
-def instance_norm(function, x, dx, running_mean=None, running_var=None, weight=None, bias=None,
+def instance_norm(function, dy, x, dx, running_mean=None, running_var=None, weight=None, bias=None,
                   use_input_stats=True, momentum=0.1, eps=1e-5, cudnn_enabled=True):  # fmt: skip
     if use_input_stats:
-        return group_norm(function, x, dx, x.shape[1], weight, bias, eps)
-    return batch_norm(function, x, dx, running_mean, running_var, weight, bias, eps=eps)
+        return group_norm(function, dy, x, dx, x.shape[1], weight, bias, eps)
+    return batch_norm(function, dy, x, dx, running_mean, running_var, weight, bias, eps=eps)
 
 
 def reordered(rule):
     """Return the rule of F's function for torch's of the same name, which takes weights first."""
 
-    def reorder(function, x, dx, weight, bias, running_mean, running_var, *rest, **named):
-        return rule(function, x, dx, running_mean, running_var, weight, bias, *rest, **named)
+    def reorder(function, dy, x, dx, weight, bias, running_mean, running_var, *rest, **named):
+        return rule(function, dy, x, dx, running_mean, running_var, weight, bias, *rest, **named)
 
     return reorder
 
@@ -1030,7 +1039,7 @@ def load_dataset(dataset, folder):
             return dataset(folder)
         except RuntimeError:  # it is not there; of several processes, one downloads
             Path(folder).mkdir(parents=True, exist_ok=True)
-            with FileLock(Path(folder) / ".lock"):
+            with FileLock(Path(folder) / ".download.lock"):
                 return dataset(folder, download=True)
     except Exception as error:  # as many kinds as there are faults of servers and of files
         reason = " ".join(str(error).split())[:200] or type(error).__name__

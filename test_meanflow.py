@@ -367,6 +367,17 @@ class SelfAttention(nn.MultiheadAttention):
         return super().forward(x, x, x, need_weights=False)[0]
 
 
+class NormOfWeights(nn.Module):
+    """A layer norm whose input does not depend on x, but its weight does."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(features, features))
+
+    def forward(self, x):
+        return F.layer_norm(self.rows.tanh(), x.shape[1:], weight=x.sum(0))[: len(x)]
+
+
 encoder = functools.partial(
     nn.TransformerEncoderLayer, 6, 2, 8, dropout=0.0, activation="gelu", batch_first=True
 )
@@ -391,6 +402,9 @@ LAYERS = {  # a layer or function and the shape of a sample
     "layer norm of channels": (lambda x: F.layer_norm(x.movedim(1, -1), (6,)), IMAGE),
     "torch.layer_norm by names": (
         lambda x: torch.layer_norm(input=x, normalized_shape=(6,), eps=1e-3), VECTOR),
+    "a layer norm whose weight depends on x": (
+        lambda x: F.layer_norm(x, (6,), x.mean(0), x.sin().sum(0)), VECTOR),
+    "a layer norm of weights, whose own weight depends on x": (NormOfWeights(6), VECTOR),
     "a layer norm of nothing, as of an expert that no sample chose": (
         lambda x: x + F.layer_norm(x[x > 99].view(-1, 6), (6,)).sum(0), VECTOR),
     "a layer norm and work in place after it": (
@@ -398,6 +412,10 @@ LAYERS = {  # a layer or function and the shape of a sample
     "RMS norm": (nn.RMSNorm(6), VECTOR),
     "instance norm": (nn.InstanceNorm2d(6), IMAGE),
     "instance norm, affine": (nn.InstanceNorm1d(5, affine=True), SEQUENCE),
+    "an instance norm with weights of each sample": (
+        lambda x: F.instance_norm(
+            x.reshape(1, -1, 4, 4), weight=x.mean((2, 3)).flatten(), bias=x[:, :, 1, 2].flatten()
+        ).view_as(x), IMAGE),
     "instance norm in eval mode": (
         nn.InstanceNorm2d(6, affine=True, track_running_stats=True).eval(), IMAGE),
     "torch.instance_norm": (
