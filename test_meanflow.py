@@ -13,6 +13,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -600,6 +601,35 @@ def test_a_derivative_that_needs_no_gradient_keeps_no_graph():
         kept.clear()
         assert u.requires_grad and dudt.requires_grad == gradients
     assert used[0] < 0.7 * used[1]
+
+
+def test_what_a_derivative_keeps_is_the_affair_of_its_thread():
+    """While one differentiates its derivative, the other, with λ = 0, drops its own. Forward mode
+    itself is not made for several threads at a time: here they take turns."""
+    net, (x0, given) = Through(nn.GroupNorm(1, 3), (3, 2)).double(), batch(shape=(3, 2))
+    inside, waiting = threading.Event(), threading.Event()
+
+    def slow(x, r, t):
+        inside.set()
+        waiting.wait(timeout=60)
+        return net(x, r, t)
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(meanflow_loss, slow, x0, 1.0, **given)
+        inside.wait(timeout=60)
+        meanflow_loss(net, x0, 0.0, **given)
+        waiting.set()
+    expected, _ = meanflow_loss(net, x0, 1.0, **given)
+    assert_close(gradients(first.result()[0], net), gradients(expected, net))
+
+
+def test_the_unet_can_be_built_on_the_meta_device():
+    net, options = small_unet(classes=3), {"size": 8, "width": 8, "classes": 3}
+    with torch.device("meta"):
+        other = UNet(1, **options).double()
+    other.to_empty(device="cpu").load_state_dict(net.state_dict())
+    x1, y = torch.randn(3, 1, 8, 8).double(), torch.arange(3)
+    assert torch.equal(sample(other, x1, y=y), sample(net, x1, y=y))
 
 
 # The U-Net ---------------------------------------------------------------------------------------
@@ -1255,8 +1285,7 @@ def test_resuming_asks_for_the_same_mirroring_and_number_of_processes(tmp_path, 
 
 def test_an_isolated_nan_skips_that_update(training, tmp_path, monkeypatch):
     at_step([2, 4], monkeypatch, lambda x0: x0.fill_(math.nan))
-    flags = "--steps", 6, "--log-every", 3, "--save-every", 1, "--optimizer", "muon"
-    flags = *flags, "--amp", "bf16"
+    flags = shlex.split("--steps 6 --log-every 3 --save-every 1 --optimizer muon --amp bf16")
     assert training(*flags)[0] == 0
     assert [int(row["skipped"]) for row in log(tmp_path / "run")] == [0, 1, 0, 1, 0, 0]
     assert all(value.isfinite().all() for value in weights(tmp_path / "run"))
@@ -1408,11 +1437,7 @@ def test_of_several_processes_one_downloads(tmp_path):
         (torch.zeros(4, 3, 8, 8).byte(), torch.arange(3), r"images must be uint8.*\(4, 3, 8, 8\)"),
         (torch.zeros(0, 1, 8, 8).byte(), torch.arange(0), "images must be uint8"),
         (torch.zeros(3, 1, 8, 8).byte(), None, "need labels"),
-        (
-            torch.zeros(3, 1, 8, 8).byte(),
-            torch.arange(4),
-            r"labels must be int64 \(3,\)",
-        ),
+        (torch.zeros(3, 1, 8, 8).byte(), torch.arange(4), r"labels must be int64 \(3,\)"),
         (torch.zeros(3, 1, 8, 8).byte(), torch.zeros(3), "labels must be int64"),
         (torch.zeros(3, 1, 8, 8).byte(), torch.eye(3).long(), "labels must be int64"),
         (torch.zeros(4, 1, 8, 8).byte(), torch.arange(4), "from 0 to 3"),
