@@ -331,6 +331,8 @@ class DerivativeRules(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         rule, kwargs = RULES.get(function), kwargs or {}
+        if function in ATTENTION:
+            return without_autocast(function, args, kwargs)
         if rule is None:
             return function(*args, **kwargs)
         x, *rest = args or [kwargs.pop("input")]
@@ -345,6 +347,21 @@ class DerivativeRules(TorchFunctionMode):
         if not self.gradients:
             dy = dy.detach()  # a view made under no_grad would refuse to be changed in place
         return forward_ad.make_dual(y, dy)
+
+
+ATTENTION = F.scaled_dot_product_attention, F.multi_head_attention_forward
+
+
+def without_autocast(function, args, kwargs):
+    """Call the function with what autocast would cast its arguments to, but without autocast, which
+    on a GPU would come between softmax and its derivative: they would be of two dtypes."""
+    device = next(z.device.type for z in (*args, *kwargs.values()) if torch.is_tensor(z))
+    if not torch.is_autocast_enabled(device):
+        return function(*args, **kwargs)
+    low = torch.get_autocast_dtype(device)
+    cast = lambda z: z.to(low) if torch.is_tensor(z) and z.is_floating_point() else z
+    with torch.autocast(device, enabled=False):
+        return function(*map(cast, args), **{name: cast(z) for name, z in kwargs.items()})
 
 
 # A rule takes the function, dy, x, dx and the function's further arguments, and returns the tangent

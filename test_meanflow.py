@@ -44,6 +44,8 @@ from meanflow import (
 ROOT = Path(__file__).parent
 torch.set_num_threads(1)  # the networks are tiny
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+meanflow.devices = lambda: DEVICES  # a training is on the CPU where its test asks for no other
 assert_close = torch.testing.assert_close
 TANGENTS = "conditional", "marginal"
 
@@ -359,7 +361,8 @@ class Through(nn.Module):
 
     def forward(self, x, r, t):
         h = self.layer(torch.sin(x * self.scale) + expand(t + r, x) * x)
-        h = (h * torch.cos(torch.arange(h[0].numel())).view_as(h[0])).flatten(1).sum(1)
+        wave = torch.cos(torch.arange(h[0].numel(), device=h.device))
+        h = (h * wave.view_as(h[0])).flatten(1).sum(1)
         return x + torch.tanh(x * self.scale) * expand(h, x)
 
 
@@ -383,7 +386,7 @@ encoder = functools.partial(
     nn.TransformerEncoderLayer, 6, 2, 8, dropout=0.0, activation="gelu", batch_first=True
 )
 VECTOR, SEQUENCE, IMAGE, VOLUME = (6,), (5, 6), (6, 4, 4), (4, 3, 3, 3)
-ONES = torch.ones(6, dtype=torch.float64)
+ONES = torch.ones(6)
 LAYERS = {  # a layer or function and the shape of a sample
     "linear": (nn.Linear(6, 3), VECTOR),
     "weight norm": (nn.utils.parametrizations.weight_norm(nn.Linear(6, 3)), VECTOR),
@@ -426,7 +429,7 @@ LAYERS = {  # a layer or function and the shape of a sample
     "batch norm in eval mode": (nn.BatchNorm2d(6).eval(), IMAGE),
     "torch.batch_norm, whose weight depends on x": (
         lambda x: torch.batch_norm(
-            x, x.mean((0, 2, 3)), None, ONES, 2 * ONES, False, 0.1, 1e-5, False), IMAGE),
+            x, x.mean((0, 2, 3)), None, ONES.to(x), ONES.to(x), False, 0.1, 1e-3, False), IMAGE),
     "attention": (lambda x: F.scaled_dot_product_attention(x, x.flip(1), x), SEQUENCE),
     "multi-head attention": (SelfAttention(6, 2, batch_first=True), SEQUENCE),
     "transformer, norm after": (encoder(norm_first=False), SEQUENCE),
@@ -454,17 +457,19 @@ def against_differences(u, parameters, shape):
     assert_close(slope, (up - down) / (2 * h), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", LAYERS)
-def test_derivatives_of_layers_and_their_gradients_agree_with_differences(name):
+def test_derivatives_of_layers_and_their_gradients_agree_with_differences(name, device):
     layer, shape = LAYERS[name]
-    net = Through(layer, shape).double()
+    net = Through(layer, shape).double().to(device)
     for parameter in net.parameters():
         parameter.data.add_(0.2 * torch.randn_like(parameter))
-    x, v = torch.randn(2, 4, *shape, dtype=torch.float64)
-    r, t = sample_times(4, jump_share=1.0, dtype=torch.float64)
-    _, dudt = total_derivative(net, x, r, t, v)
-    assert_close(dudt, difference(net, x, r, t, v), rtol=1e-6, atol=1e-6)
-    against_differences(net, [*net.parameters()], shape)
+    with torch.device(device):
+        x, v = torch.randn(2, 4, *shape, dtype=torch.float64)
+        r, t = sample_times(4, jump_share=1.0, dtype=torch.float64)
+        _, dudt = total_derivative(net, x, r, t, v)
+        assert_close(dudt, difference(net, x, r, t, v), rtol=1e-6, atol=1e-6)
+        against_differences(net, [*net.parameters()], shape)
 
 
 def test_diffusers_unet_of_the_readme():
@@ -848,7 +853,8 @@ def write_mnist(folder, n=64):
         (raw / f"{split}-labels-idx1-ubyte").write_bytes(header[1] + classes)
 
 
-ASCII = os.environ | {"PYTHONIOENCODING": "ascii"}  # output that knows nothing beyond
+# of the processes that tests start: output that knows nothing beyond ASCII, and no GPU
+COMMAND = os.environ | {"PYTHONIOENCODING": "ascii", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def as_a_command(main, *flags):
@@ -974,7 +980,7 @@ def test_meanflow_py_works_alone(trained, tmp_path):
     shutil.copy(ROOT / "meanflow.py", tmp_path)
     checkpoint = trained / "run" / "checkpoint.pt"
     command = sys.executable, "meanflow.py", checkpoint, "--num", "20"
-    result = subprocess.run(command, cwd=tmp_path, env=ASCII, capture_output=True, timeout=300)
+    result = subprocess.run(command, cwd=tmp_path, env=COMMAND, capture_output=True, timeout=300)
     assert result.returncode == 0 and not result.stderr
     meanflow.save_images(meanflow.draw(meanflow.load_model(checkpoint), 20), tmp_path / "same.png")
     assert Image.open(tmp_path / "samples.png") == Image.open(tmp_path / "same.png")
@@ -1102,7 +1108,7 @@ def test_muon_takes_the_inner_kernels_and_adam_the_rest():
 @pytest.mark.parametrize("lam", [0.0, 1.0])
 @pytest.mark.parametrize("tangent", TANGENTS)
 def test_bf16_keeps_the_direction_of_every_gradient(lam, tangent):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = DEVICES[-1]
     net = small_unet(classes=3, width=16).float().to(device)
     x0, given = batch(n=32, shape=(1, 8, 8))
     given = {name: value.float().to(device) for name, value in given.items()}
@@ -1153,7 +1159,7 @@ def worker(folder):
 def test_two_processes_make_one_training(tmp_path):
     torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
     command = [sys.executable, *torchrun, __file__, tmp_path]
-    result = subprocess.run(command, timeout=300, capture_output=True, text=True)
+    result = subprocess.run(command, timeout=300, env=COMMAND, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("2/2") == 2  # one process reports
     (grads, nets), (other_grads, other_nets) = (torch.load(tmp_path / f"{i}.pt") for i in range(2))
@@ -1172,7 +1178,7 @@ def test_a_killed_training_resumes_to_the_same_bits(trained, call, tmp_path):
     place = "--data", trained / "data", "--out", tmp_path / "run"
     flags = *TRAINED, *place, "--save-every", 2, "--log-every", 1
     command = [sys.executable, ROOT / "train_mnist.py", *map(str, flags)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ASCII) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=COMMAND) as process:
         for line in process.stdout:
             if line.startswith(("3/5", "4/5")):
                 process.kill()
@@ -1327,6 +1333,45 @@ def test_a_full_disk_leaves_the_last_checkpoint(training, tmp_path):
     assert "checkpoint.pt" in one_line(result)
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
     assert {file.name for file in (tmp_path / "run").glob(".*")} <= {".lock"}
+
+
+# On a GPU, if there is one ------------------------------------------------------------------------
+
+gpu = pytest.mark.skipif(DEVICES == ["cpu"], reason="needs a GPU")
+
+
+@gpu
+@pytest.mark.parametrize("tangent", TANGENTS)
+def test_the_loss_compiled_for_a_gpu_is_the_eager_one(tangent):
+    net, y = small_unet(classes=3, attention=2).float().cuda(), torch.arange(12).cuda() % 3
+    x0, given = batch(shape=(1, 8, 8))
+    given = {name: value.float().cuda() for name, value in given.items()}
+    objective = meanflow.Objective(net, tangent=tangent)
+    torch.compiler.reset()
+    compiled = torch.compile(objective, fullgraph=True, dynamic=False)
+    for lam in 0.0, torch.tensor(0.7).cuda():
+        results = []
+        for module in objective, compiled:
+            loss, err = module(x0.float().cuda(), lam, y, **given)
+            results.append((loss, err, gradients(loss, net)))
+        assert_close(*results, rtol=2e-3, atol=2e-3)
+
+
+@gpu
+@pytest.mark.parametrize(
+    "flags",
+    ["", "--amp fp16 --no-compile", "--amp off --no-compile --optimizer adam --guidance 2"],
+    ids=["bf16, compiled", "fp16", "float32"],
+)
+def test_a_training_on_a_gpu_resumes_to_the_same_bits(training, tmp_path, monkeypatch, flags):
+    flags = *STEPS, *flags.split(), "--device", "cuda"
+    assert training(*flags, out="whole")[0] == 0
+    at_step(7, monkeypatch, lambda x0: os.kill(os.getpid(), signal.SIGINT))
+    assert training(*flags)[0] == 130
+    assert training(*flags, "--resume")[0] == 0
+    assert same(tmp_path / "run", tmp_path / "whole")
+    errors = [float(row["err_flow"]) for row in log(tmp_path / "run")]
+    assert all(0 < error < 100 for error in errors)
 
 
 # A user's mistakes: one line, status 2, nothing half-written -------------------------------------

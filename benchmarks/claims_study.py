@@ -3,17 +3,17 @@
 The paper's summary says that a rising λ trains stably, and well where data are few. Here it meets
 λ = 0, a rising λ along the marginal tangent, and the default of train_mnist.py, a falling one.
 
-- Few data: the same steps on 600, 6,000 and 60,000 images, two seeds. Distance and recall of 5,000
+- Few data: the same steps on 600, 6,000 and 60,000 images. Distance and recall of 5,000
   one-step samples against the test images, and the share of samples nearer to a training image than
   to any of as many test images: a half where nothing is memorised.
-- Stability: the learning rate of the recipe times 1, 3 and 10, one seed. How many trainings end,
-  how large the gradient's norm gets in their second half, where the risen λ is 1 and the fallen one
-  0 (means of ten steps, before it is clipped at 20), and the distance.
+- Stability: the learning rate of the recipe times 1, 3 and 10. How many trainings end, how large
+  the gradient's norm gets in their second half, where the risen λ is 1 and the fallen one 0 (means
+  of ten steps, before it is clipped at 20), and the distance.
 
 Prints two tables, mean (range of the seeds), and draws assets/claims.png. Network and recipe are
 those of lambda_study.py. A finished training in --out is not repeated. Needs matplotlib.
 
-    python benchmarks/claims_study.py  # two hours on two cores
+    python benchmarks/claims_study.py  # two and a half hours on two cores
 """
 
 import argparse
@@ -66,19 +66,14 @@ def main():
     parser.add_argument("--data", default="data", help="folder of MNIST")
     parser.add_argument("--out", default="runs/claims", help="folder for the runs")
     parser.add_argument("--steps", type=int, default=500, help="of each training")
-    parser.add_argument("--seeds", type=int, default=2, help="of the trainings on few data")
+    parser.add_argument("--seeds", type=int, default=2, help="trainings of each kind")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at once, a core each")
     args = parser.parse_args()
-    few = {
-        (curriculum, images): [
-            Job(*curriculum, seed, args.steps, images=images) for seed in range(args.seeds)
-        ]
-        for curriculum, images in product(CURRICULA, IMAGES)
-    }
-    stable = {
-        (curriculum, rate): [Job(*curriculum, 0, args.steps, rate=rate)]
-        for curriculum, rate in product(CURRICULA, RATES)
-    }
+    runs = lambda curriculum, **options: [
+        Job(*curriculum, seed, args.steps, **options) for seed in range(args.seeds)
+    ]
+    few = {(c, images): runs(c, images=images) for c, images in product(CURRICULA, IMAGES)}
+    stable = {(c, rate): runs(c, rate=rate) for c, rate in product(CURRICULA, RATES)}
     jobs = [job for group in (*few.values(), *stable.values()) for job in group]
     jobs = dict.fromkeys(jobs)  # the whole data at the recipe's rate are in both
     results = train_all(sorted(jobs, key=lambda job: job.seed), args)

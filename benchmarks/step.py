@@ -6,7 +6,8 @@ above it: a backward pass costs two forward passes, a tangent one more, so flow 
 is 3 + q and λ > 0 is 3 + 3 q with a share q of samples at r < t. Memory is the peak of what a step
 allocates, as a ratio, too. "without the rules" leaves every derivative to PyTorch.
 
-    python benchmarks/step.py                      # on CUDA if it is there; else about a minute
+    python benchmarks/step.py                      # bf16 on CUDA if it is there; else a minute
+    python benchmarks/step.py --compile            # the loss compiled: minutes a row
     python benchmarks/step.py --network cifar      # the default network of train_cifar.py
     python benchmarks/step.py --network diffusers  # a UNet2DModel; needs `pip install diffusers`
     python benchmarks/step.py --profile            # besides, where a step's time goes
@@ -226,8 +227,8 @@ def main():
     parser.add_argument("--network", choices=NETWORKS, default="cifar" if cuda else "mnist")
     parser.add_argument("--batch-size", type=int, default=256 if cuda else 64)
     parser.add_argument("--rounds", type=int, default=30 if cuda else 15)
-    parser.add_argument("--compile", action=switch, default=cuda, help="minutes a graph on a CPU")
-    parser.add_argument("--amp", action=switch, default=cuda, help="bf16 as well as float32")
+    parser.add_argument("--compile", action=switch, default=False, help="compile the loss")
+    parser.add_argument("--amp", action=switch, default=cuda, help="bf16 in the place of float32")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0],
                         help="shares q of samples at r < t")  # fmt: skip
     parser.add_argument("--profile", action="store_true", help="print the costliest operations")
@@ -237,9 +238,8 @@ def main():
     torch._dynamo.config.recompile_limit = 64  # a graph for each share and λ
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if cuda else 'CPU'}, "
           f"{torch.get_num_threads()} threads")  # fmt: skip
-    for compiled, amp in product((False, True)[: 1 + args.compile], (False, True)[: 1 + args.amp]):
-        compare(args.network, args.batch_size, args.shares, args.rounds, device, compiled, amp,
-                args.profile)  # fmt: skip
+    compare(args.network, args.batch_size, args.shares, args.rounds, device, args.compile, args.amp,
+            args.profile)  # fmt: skip
     sampling(args.network, device, [1, 4, 16, 64, 256, 1024])
 
 
