@@ -353,8 +353,11 @@ ATTENTION = F.scaled_dot_product_attention, F.multi_head_attention_forward
 
 
 def without_autocast(function, args, kwargs):
-    """Call the function with what autocast would cast its arguments to, but without autocast, which
-    on a GPU would come between softmax and its derivative: they would be of two dtypes."""
+    """Cast the arguments as autocast would, and call the function without it.
+
+    On a GPU autocast takes softmax to float32, also within attention when that is differentiated
+    forwards, and PyTorch's backward pass of it then finds two dtypes and refuses.
+    """
     device = next(z.device.type for z in (*args, *kwargs.values()) if torch.is_tensor(z))
     if not torch.is_autocast_enabled(device):
         return function(*args, **kwargs)
@@ -749,6 +752,8 @@ def train(model, images, labels, args, *, flip=False):
         state = resume(out, parts, args, rank)
         average.n_averaged.fill_(state["step"])  # at 0 the first update copies the weights
         objective = prepared_objective(model, args, device, world)
+        if args.compile and rank == 0:
+            print("compiling: the first step can take minutes", flush=True)
         recent, mark = [], time.perf_counter()
         skipped = torch.zeros((), device=device)  # latest steps in a row, without a finite gradient
         for step in range(state["step"] + 1, args.steps + 1):

@@ -117,8 +117,8 @@ def ways(net, shares, compiled, amp):
     for (lam, q), theory in counted.items():
         table[f"λ = {lam:.0f}, q = {q}, without the rules"] = WithoutRules(ours[q]), lam, theory
     others = {"func.jvp": torch.func.jvp, "autograd.functional.jvp": double_backward}
-    if amp:
-        others["func.jvp in float32"] = in_float32
+    if amp:  # on a GPU, torch.func.jvp of attention cannot be differentiated under autocast
+        others = {"func.jvp in float32": in_float32, "autograd.functional.jvp": double_backward}
     for lam, (name, derive) in product((0.0, 1.0), others.items()):
         table[f"λ = {lam:.0f}, torch.{name}, whole batch"] = WholeBatch(net, derive), lam, None
     return table
