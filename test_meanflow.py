@@ -1521,6 +1521,14 @@ def test_the_training_of_the_readme_trains(tmp_path, monkeypatch):
     assert meanflow.load_model(tmp_path / "run" / "checkpoint.pt").shape == (3, 16, 16)
 
 
+def test_the_rule_of_the_readme_is_used(monkeypatch):
+    monkeypatch.setattr(meanflow, "RULES", dict(meanflow.RULES))
+    exec(readme_block("RULES["), vars(meanflow) | {})
+    u, (x, v) = lambda x, r, t: F.softplus(x), torch.randn(2, 5, 3).double()
+    _, dudt = total_derivative(u, x, *torch.rand(2, 5).double(), v)
+    assert_close(dudt, difference(u, x, *torch.rand(2, 5).double(), v), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("lam", [0.0, 1.0])
 def test_activation_checkpointing_of_the_readme_gives_the_same_gradients(lam):
     names = {"checkpoint": torch.utils.checkpoint.checkpoint, **vars(meanflow)}
