@@ -1524,9 +1524,11 @@ def test_the_training_of_the_readme_trains(tmp_path, monkeypatch):
 def test_the_rule_of_the_readme_is_used(monkeypatch):
     monkeypatch.setattr(meanflow, "RULES", dict(meanflow.RULES))
     exec(readme_block("RULES["), vars(meanflow) | {})
-    u, (x, v) = lambda x, r, t: F.softplus(x), torch.randn(2, 5, 3).double()
-    _, dudt = total_derivative(u, x, *torch.rand(2, 5).double(), v)
-    assert_close(dudt, difference(u, x, *torch.rand(2, 5).double(), v), rtol=1e-6, atol=1e-6)
+    (x, v), (r, t) = torch.randn(2, 5, 3).double(), torch.rand(2, 5).double()
+    for layer in F.softplus, nn.Softplus(beta=3):
+        u = lambda x, r, t, layer=layer: layer(x)
+        _, dudt = total_derivative(u, x, r, t, v)
+        assert_close(dudt, difference(u, x, r, t, v), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("lam", [0.0, 1.0])
