@@ -355,14 +355,16 @@ ATTENTION = F.scaled_dot_product_attention, F.multi_head_attention_forward
 def without_autocast(function, args, kwargs):
     """Cast the arguments as autocast would, and call the function without it.
 
-    On a GPU autocast takes softmax to float32, also within attention when that is differentiated
-    forwards, and PyTorch's backward pass of it then finds two dtypes and refuses.
+    Autocast is off within attention, but torch.func.jvp turns it on again there. On a GPU it then
+    takes the softmax of bf16 scores to float32, whose backward pass PyTorch 2.11 refuses. Without
+    autocast attention computes in float32, as it does outside of the derivative.
     """
     device = next(z.device.type for z in (*args, *kwargs.values()) if torch.is_tensor(z))
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return function(*args, **kwargs)
     low = torch.get_autocast_dtype(device)
-    cast = lambda z: z.to(low) if torch.is_tensor(z) and z.is_floating_point() else z
+    castable = torch.float32, torch.float16, torch.bfloat16  # autocast leaves float64 alone
+    cast = lambda z: z.to(low) if torch.is_tensor(z) and z.dtype in castable else z
     with torch.autocast(device, enabled=False):
         return function(*map(cast, args), **{name: cast(z) for name, z in kwargs.items()})
 
@@ -694,6 +696,7 @@ def describe(z):
 
 import argparse
 import atexit
+import copy
 import json
 import os
 import signal
@@ -704,7 +707,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torch import distributed as dist
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 FORMAT = "meanflow 6"  # of checkpoints
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
@@ -740,17 +743,16 @@ def train(model, images, labels, args, *, flip=False):
     images = images.to(device)
     labels = None if labels is None else labels.to(device)
     model.to(device).train()
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
+    average, blend = copy.deepcopy(model), get_ema_multi_avg_fn(args.ema)
     adam = torch.optim.Adam(model.parameters(), betas=(0.9, args.beta2), fused=True)
     muon = Muon(model) if args.optimizer == "muon" else None
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    parts = {"model": model, "ema": average.module, "adam": adam, "scaler": scaler}
+    parts = {"model": model, "ema": average, "adam": adam, "scaler": scaler}
     if muon:
         parts["muon"] = muon
 
     with sole_user(out, rank), noted_signals(world) as signals:
         state = resume(out, parts, args, rank)
-        average.n_averaged.fill_(state["step"])  # at 0 the first update copies the weights
         objective = prepared_objective(model, args, device, world)
         if args.compile and rank == 0:
             print("compiling: the first step can take minutes", flush=True)
@@ -765,7 +767,10 @@ def train(model, images, labels, args, *, flip=False):
                 loss, err = objective(x0, lam, y, tangent=tangent)
             norm = update(loss, model, adam, muon, scaler, learning_rate(step - 1, args))
             skipped = torch.where(norm.isfinite(), 0, skipped + 1)
-            average.update_parameters(model)
+            if step == 1:
+                average.load_state_dict(model.state_dict())
+            else:
+                blend([*average.parameters()], [*model.parameters()], None)
             state["step"] = step
 
             jumps = number_of_jumps(len(x0), args.jump_share)
@@ -784,7 +789,7 @@ def train(model, images, labels, args, *, flip=False):
                 raise UserError(message)
             if rank == 0 and saves:
                 save_checkpoint(out, parts, args, state)
-                save_images(draw(average.module, 80, seed=args.seed), out / f"step-{step:06}.png")
+                save_images(draw(average, 80, seed=args.seed), out / f"step-{step:06}.png")
             if rank == 0:
                 write_log(state["log"], out)  # last, as a log without a checkpoint is refused
             if signalled and step < args.steps:
@@ -792,9 +797,9 @@ def train(model, images, labels, args, *, flip=False):
                 raise SystemExit(128 + signalled)
             recent, mark = [], time.perf_counter()  # saving is no part of the pace
         if rank == 0:
-            grids = [draw(average.module, 40, steps=n, seed=args.seed) for n in (1, 2, 4)]
+            grids = [draw(average, 40, steps=n, seed=args.seed) for n in (1, 2, 4)]
             save_images(torch.cat(grids), out / "samples.png")
-    return average.module.eval()
+    return average.eval()
 
 
 def prepared_objective(model, args, device, world):

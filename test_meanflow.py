@@ -1343,8 +1343,9 @@ gpu = pytest.mark.skipif(DEVICES == ["cpu"], reason="needs a GPU")
 
 
 @gpu
+@pytest.mark.parametrize("amp", [False, True])
 @pytest.mark.parametrize("tangent", TANGENTS)
-def test_the_loss_compiled_for_a_gpu_is_the_eager_one(tangent):
+def test_the_loss_compiled_for_a_gpu_has_the_eager_gradient(tangent, amp):
     net, y = small_unet(classes=3, attention=2).float().cuda(), torch.arange(12).cuda() % 3
     x0, given = batch(shape=(1, 8, 8))
     given = {name: value.float().cuda() for name, value in given.items()}
@@ -1352,11 +1353,12 @@ def test_the_loss_compiled_for_a_gpu_is_the_eager_one(tangent):
     torch.compiler.reset()
     compiled = torch.compile(objective, fullgraph=True, dynamic=False)
     for lam in 0.0, torch.tensor(0.7).cuda():
-        results = []
+        grads = []
         for module in objective, compiled:
-            loss, err = module(x0.float().cuda(), lam, y, **given)
-            results.append((loss, err, gradients(loss, net)))
-        assert_close(*results, rtol=2e-3, atol=2e-3)
+            with torch.autocast("cuda", torch.bfloat16, enabled=amp):
+                loss, _ = module(x0.float().cuda(), lam, y, **given)
+            grads.append(gradients(loss, net))
+        assert torch.cosine_similarity(*grads, dim=0) > (0.98 if amp else 0.9999)
 
 
 @gpu
