@@ -4,9 +4,10 @@ Forward, backward and Adam on random images. All ways take turns in one process;
 median of the rounds, their quartiles, the ratio that counting gives and how far the measured one is
 above it: a backward pass costs two forward passes, a tangent one more, so flow matching is 3, λ = 0
 is 3 + q and λ > 0 is 3 + 3 q with a share q of samples at r < t. Memory is the peak of what a step
-allocates, as a ratio, too. "without the rules" leaves every derivative to PyTorch.
+allocates, as a ratio, too. "without the rules" leaves every derivative to PyTorch, which works
+in float32 and without --compile only.
 
-    python benchmarks/step.py                      # bf16 on CUDA if it is there; else a minute
+    python benchmarks/step.py                      # bf16 on CUDA if it is there; else minutes
     python benchmarks/step.py --compile            # the loss compiled: minutes a row
     python benchmarks/step.py --network cifar      # the default network of train_cifar.py
     python benchmarks/step.py --network diffusers  # a UNet2DModel; needs `pip install diffusers`
@@ -115,11 +116,13 @@ def ways(net, shares, compiled, amp):
         table[f"λ = {lam:.0f}, q = {q}"] = ours[q], lam, theory
     if compiled:  # group norm does not compile without its rule
         return table
-    for (lam, q), theory in counted.items():
-        table[f"λ = {lam:.0f}, q = {q}, without the rules"] = WithoutRules(ours[q]), lam, theory
-    others = {"func.jvp": torch.func.jvp, "autograd.functional.jvp": double_backward}
-    if amp:  # on a GPU, torch.func.jvp of attention cannot be differentiated under autocast
-        others = {"func.jvp in float32": in_float32, "autograd.functional.jvp": double_backward}
+    if amp:  # without the rules, tangents in float32 meet weights in bf16
+        others = {"func.jvp in float32": in_float32}
+    else:
+        others = {"func.jvp": torch.func.jvp}
+        for (lam, q), theory in counted.items():
+            table[f"λ = {lam:.0f}, q = {q}, without the rules"] = WithoutRules(ours[q]), lam, theory
+    others["autograd.functional.jvp"] = double_backward
     for lam, (name, derive) in product((0.0, 1.0), others.items()):
         table[f"λ = {lam:.0f}, torch.{name}, whole batch"] = WholeBatch(net, derive), lam, None
     return table
