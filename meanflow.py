@@ -321,7 +321,8 @@ class DerivativeRules(TorchFunctionMode):
     for right gradients: PyTorch's derivatives of layer norm and instance norm treat mean and
     deviation as constants when differentiated again, as λ > 0 does. Its derivatives of group norm
     and batch norm do not compile. Those of linear layers and convolutions also multiply by the
-    tangent of the weights, though it is zero. All else is left to PyTorch.
+    tangent of the weights, though it is zero. Attention is called without autocast. All else is
+    left to PyTorch.
     gradients=False keeps no graph of the tangents that the rules make, as λ = 0 allows.
     """
 
@@ -330,9 +331,10 @@ class DerivativeRules(TorchFunctionMode):
         self.gradients = gradients
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        rule, kwargs = RULES.get(function), kwargs or {}
+        kwargs = kwargs or {}
         if function in ATTENTION:
             return without_autocast(function, args, kwargs)
+        rule = RULES.get(function)
         if rule is None:
             return function(*args, **kwargs)
         x, *rest = args or [kwargs.pop("input")]
@@ -767,7 +769,7 @@ def train(model, images, labels, args, *, flip=False):
                 loss, err = objective(x0, lam, y, tangent=tangent)
             norm = update(loss, model, adam, muon, scaler, learning_rate(step - 1, args))
             skipped = torch.where(norm.isfinite(), 0, skipped + 1)
-            if step == 1:
+            if step == 1:  # what was drawn at the start is no part of the average
                 average.load_state_dict(model.state_dict())
             else:
                 blend([*average.parameters()], [*model.parameters()], None)

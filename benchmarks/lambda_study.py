@@ -2,10 +2,10 @@
 
 Trains with λ = 0, 0.25, 1, risen linearly to 1 at half time, and fallen from 1 to 0, with either
 tangent and several seeds, for equal steps; then λ = 0 once more, for as long as the slowest of the
-others took. Prints tables, mean and range over the seeds (measures of
-quality.py on 5,000 one-step samples, the gradient's mean norm, seconds of one core), and writes
-assets/lambda.png: the same noise through the networks of the first seed, a row for each λ,
-conditional on the left, marginal on the right.
+others took. Prints tables, mean and range over the seeds (measures of quality.py on 5,000 one-step
+samples, the gradient's mean norm, seconds of one core), and writes assets/lambda.png: the same
+noise through the networks of the first seed, a row for each λ, conditional on the left, marginal on
+the right.
 
     python benchmarks/lambda_study.py                      # 50 minutes on two cores
     python benchmarks/lambda_study.py --only gaussian      # a minute

@@ -92,7 +92,7 @@ class WholeBatch(torch.nn.Module):
         with sdpa_kernel(SDPBackend.MATH):
             directions = v, torch.zeros_like(r), torch.ones_like(t)
             u, dudt = self.derive(self.net, (x_t, r, t), directions)
-        dudt = dudt if torch.is_tensor(lam) or lam else dudt.detach()
+        dudt = dudt if lam else dudt.detach()  # for λ = 0 the target is a constant
         e = u + meanflow.expand(t - r, u) * meanflow.sg_lambda(dudt, lam) - v
         square = e.square().sum((1, 2, 3))
         return (square / (square.detach() + 1e-3) ** 0.75).mean(), square.detach()
