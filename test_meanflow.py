@@ -1290,6 +1290,8 @@ def test_resuming_asks_for_the_same_mirroring_and_number_of_processes(tmp_path, 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(meanflow.UserError, match="world was 1, not 2"):
         train()
+    monkeypatch.setenv("RANK", "")  # no torchrun leaves it empty
+    train()
 
 
 def test_an_isolated_nan_skips_that_update(training, tmp_path, monkeypatch):
