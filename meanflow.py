@@ -878,8 +878,9 @@ class Muon(torch.optim.Muon):
     """torch's Muon for the convolutions of a UNet between the first and the last one.
 
     It sees each kernel as a matrix (outputs, all else) that shares the kernel's storage. Updates
-    have the lengths that Adam's would have, after Liu et al. 2025, arXiv:2502.16982. The momentum
-    measured better than torch's default of 0.95; weights decay by the default of 0.1.
+    have the lengths that Adam's would have, after Liu et al. 2025, arXiv:2502.16982. Its
+    momentum of 0.9 was better than torch's default of 0.95 in half-length trainings on MNIST.
+    Weights decay by the default of 0.1.
     """
 
     def __init__(self, model):

@@ -1290,7 +1290,7 @@ def test_resuming_asks_for_the_same_mirroring_and_number_of_processes(tmp_path, 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(meanflow.UserError, match="world was 1, not 2"):
         train()
-    monkeypatch.setenv("RANK", "")  # no torchrun leaves it empty
+    monkeypatch.setenv("RANK", "")  # set but empty: this is no torchrun
     train()
 
 

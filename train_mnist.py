@@ -25,7 +25,7 @@ NETWORK = {  # 0.7M parameters
     "width": 32,
     "multipliers": (1, 2),
     "blocks": 2,
-    "attention": 0,  # at this length, the steps that its time buys are worth more
+    "attention": 0,  # in so short a training, more steps are worth more
 }
 
 

@@ -10,7 +10,8 @@ the right.
     python benchmarks/lambda_study.py                      # 50 minutes on two cores
     python benchmarks/lambda_study.py --only gaussian      # a minute
 
-The network is half as wide as that of train_mnist.py, with one block a level, and Adam trains it.
+The network is half as wide as that of train_mnist.py, with one block a level and self-attention in
+the lowest, and Adam trains it.
 A finished run in --out is not repeated, so an interrupted study goes on with the same command.
 """
 
