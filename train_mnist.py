@@ -1,4 +1,4 @@
-"""Train Modular MeanFlow on MNIST: digits in one step, after half an hour on two busy CPU cores."""
+"""Train Modular MeanFlow on MNIST: digits in one step, after half an hour on two CPU cores."""
 
 import torch
 from torchvision.datasets import MNIST
