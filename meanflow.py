@@ -879,7 +879,7 @@ class Muon(torch.optim.Muon):
 
     It sees each kernel as a matrix (outputs, all else) that shares the kernel's storage. Updates
     have the lengths that Adam's would have, after Liu et al. 2025, arXiv:2502.16982. Its
-    momentum of 0.9 was better than torch's default of 0.95 in half-length trainings on MNIST.
+    momentum of 0.9 was a little better than torch's default of 0.95 in short trainings on MNIST.
     Weights decay by the default of 0.1.
     """
 
