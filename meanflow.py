@@ -923,7 +923,8 @@ def report(state, measured, lam, pace, args, rank):
     if rank == 0:
         left = round((args.steps - step) * pace)
         line = f"{step}/{args.steps}  err {flow:.4f} (r = t) {jump:.4f} (r < t)  lambda {lam:.2f}"
-        line += f"  {args.batch_size / pace:.0f} images/s  {left // 60}:{left % 60:02} left "
+        if step > 1:  # the first step is slower, above all if it compiles
+            line += f"  {args.batch_size / pace:.0f} images/s  {left // 60}:{left % 60:02} left "
         terminal = sys.stdout is not None and sys.stdout.isatty()
         print(line, end="\033[K\r" if terminal and left else "\n", flush=True)
 
@@ -1212,7 +1213,7 @@ def completed(args, world):
     args = argparse.Namespace(**vars(args))
     cuda = args.device.startswith("cuda")
     if cuda and world > 1:
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
     if args.amp is None:
         bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         args.amp = "bf16" if bf16 else "fp16" if cuda else "off"
