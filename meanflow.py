@@ -28,6 +28,7 @@ Use, with PyTorch 2.11 or newer
 
 import math
 from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 from numbers import Integral, Real
 
@@ -60,25 +61,21 @@ def sample_times(n, *, jump_share=0.25, t_logit=(-0.4, 1.0), r_logit=None, devic
     """Draw n pairs of times 0 <= r <= t <= 1 and return (r, t), both (n,).
 
     n           number of pairs, at least 1
-    jump_share  share of the pairs whose r is drawn, in [0, 1]; they come first, the others have
-                r = t. Where n is too small for both kinds, it is the share on average
+    jump_share  share of the pairs that jump, in [0, 1]; they come first, the others have r = t.
+                Where n is too small for both kinds, it is the share on average
     t_logit     mean and standard deviation of the normal draws of logit(t)
     r_logit     the same for r, then clipped to t; None: r and t are two draws of t_logit, sorted
     Raises ValueError for values outside these ranges.
     """
-    return draw_times(n, number_of_jumps(n, jump_share), t_logit, r_logit, device, dtype)
-
-
-def draw_times(n, k, t_logit, r_logit, device, dtype):
-    """Return `sample_times` of n samples, of which the first k jump."""
+    k = number_of_jumps(n, jump_share)
     check_logit("t_logit", t_logit)
     logit_normal = lambda mean, std: torch.sigmoid(
         mean + std * torch.randn(n, device=device, dtype=dtype)
     )
     t = logit_normal(*t_logit)
-    if r_logit is None:
+    if r_logit is None:  # the later draw is t, where r = t too, as in MeanFlow
         other = logit_normal(*t_logit)
-        r, t = torch.minimum(t, other), torch.maximum(t, other)  # also where r = t, as MeanFlow
+        r, t = torch.minimum(t, other), torch.maximum(t, other)
     else:
         check_logit("r_logit", r_logit)
         r = torch.minimum(t, logit_normal(*r_logit))
@@ -86,14 +83,15 @@ def draw_times(n, k, t_logit, r_logit, device, dtype):
 
 
 def number_of_jumps(n, jump_share):
-    """Return how many of n pairs jump: the same number every time, unless n is too small for it."""
+    """Return how many of n pairs jump: the share, rounded. If that is none or all of them though
+    the share is neither, it is rounded up or down at random, so that the mean is right."""
     if not (isinstance(n, Integral) and n >= 1):
         raise ValueError(f"n must be a positive integer, got {n!r}")
     if not is_number(jump_share, 0, 1):
         raise ValueError(f"jump_share must be in [0, 1], got {describe(jump_share)}")
     jumps = round(jump_share * n)
     if jumps in (0, n) and 0 < jump_share < 1:
-        jumps = int(jump_share * n + torch.rand((), device="cpu"))  # which waits for no GPU
+        jumps = int(jump_share * n + torch.rand((), device="cpu"))  # on a GPU, int() would wait
     return jumps
 
 
@@ -147,16 +145,16 @@ def evaluate(model, x, r, t, y=None):
     precision can hold.
     """
     inputs = (x, r, t) if y is None else (x, r, t, y)
-    u = model(*(z.clone() for z in inputs))  # the model may change what it is given in place
+    u = model(*(z.clone() for z in inputs))  # the model may work in place, as nn.ReLU(True) does
     if not torch.is_tensor(u) or u.shape != x.shape:
         raise ValueError(f"model must return a tensor {tuple(x.shape)}, got {describe(u)}")
     return u.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.no_grad()
-def velocity(model, x_t, t, y=None):
+def marginal_velocity(model, x_t, t, y=None):
     """Return u(x_t, t, t), the network's estimate of E[v | x_t], without a gradient."""
-    return evaluate(model, x_t, t, t, y).to(x_t.dtype)  # which a tangent of x_t must have
+    return evaluate(model, x_t, t, t, y).to(x_t.dtype)  # a tangent must have the dtype of x_t
 
 
 def guided_velocity(model, x_t, t, v, y, guidance):
@@ -164,7 +162,7 @@ def guided_velocity(model, x_t, t, v, y, guidance):
 
     u is that of model(x, r, t), without labels, which is trained on the samples with y < 0.
     """
-    guided = guidance * v + (1 - guidance) * velocity(model, x_t, t)
+    guided = guidance * v + (1 - guidance) * marginal_velocity(model, x_t, t)
     return torch.where(expand(y >= 0, v), guided, v)
 
 
@@ -195,29 +193,31 @@ def meanflow_loss(
     model     callable (x, r, t) or, where labels are given, (x, r, t, y) -> u, shaped like x. It
               must treat samples one by one, which batch norm in training mode does not, and embed
               times in low frequencies, since du/dt grows with them
-    x0, y     data (B, ...), whose dtype and device x1, r and t must have, too; labels (B, ...)
+    x0        data (B, ...); x1, r and t must have its dtype and device
     lam       λ in [0, 1], number or 0-dim tensor: 0 is MeanFlow's loss, 1 differentiates all of e.
-              The number 0 is cheaper than a tensor of it
+              The number 0 is cheaper than a tensor that holds 0
+    y         labels (B, ...) for a model that takes them
     x1        noise, shaped like x0; if not given, drawn from N(0, I)
     r, t      times (B,), 0 <= r <= t <= 1; if not given, drawn by `sample_times` with jump_share,
               t_logit and r_logit: the first samples of the batch jump, so shuffle it
-    tangent   direction of du/dt: "conditional", the paper's v, or "marginal", u(x_t, t, t); with
-              the latter, for p = 0, the true u is stationary for every λ. It takes one more
-              forward pass of the jumps, with a dropout mask of its own
+    tangent   direction of du/dt: "conditional", the paper's v, or "marginal", u(x_t, t, t). With
+              the latter, for p = 0, the true u is a stationary point for every λ. It takes one
+              more forward pass of the jumps, with a dropout mask of its own
     guidance  ω; unless it is 1, `guided_velocity` takes the place of v, at one more forward pass,
-              which calls the model without labels. Needs labels y (B,), a tenth of them -1, say,
-              which the model must take as it takes a missing y
+              which calls the model without labels. Needs labels y (B,), about a tenth of them -1,
+              which the model must treat like a missing y
     p, c      power >= 0 and offset > 0 of the adaptive weight; p = 0 is the plain squared error,
-              larger ones move what is learned from the mean towards the mode
+              a larger p shifts the solution from the mean towards the mode
     Returns the scalar loss and, for a log, the detached mean of e² in each sample, (B,).
-    Raises ValueError that names the argument.
+    Raises ValueError naming the argument.
     """
     check_arguments(x0, y, lam, tangent, guidance, p, c)
     x1 = torch.randn_like(x0) if x1 is None else alike("x1", x1, x0)
     n = len(x0)
     if r is None and t is None:
         k = number_of_jumps(n, jump_share)
-        r, t = draw_times(n, k, t_logit, r_logit, x0.device, x0.dtype)
+        like = {"device": x0.device, "dtype": x0.dtype}
+        r, t = sample_times(n, jump_share=k / n, t_logit=t_logit, r_logit=r_logit, **like)
     else:
         check_times(r, t, x0)
         k = n  # any of them may jump
@@ -231,10 +231,12 @@ def meanflow_loss(
     dudt = torch.zeros_like(u)
     y_jump, y_flow = (None, None) if y is None else (y[:k], y[k:])
     if k:
-        at = x_t[:k], r[:k], t[:k]
-        direction = v[:k] if tangent == "conditional" else velocity(model, x_t[:k], t[:k], y_jump)
-        keep = torch.is_tensor(lam) or lam != 0  # a tensor may be on a GPU: its value is not read
-        u[:k], dudt[:k] = total_derivative(model, *at, direction, y_jump, gradients=keep)
+        x_k, r_k, t_k, v_k = x_t[:k], r[:k], t[:k], v[:k]
+        direction = v_k if tangent == "conditional" else marginal_velocity(model, x_k, t_k, y_jump)
+        gradients = torch.is_tensor(lam) or lam != 0  # a tensor may be on a GPU: it is not read
+        u[:k], dudt[:k] = total_derivative(
+            model, x_k, r_k, t_k, direction, y_jump, gradients=gradients
+        )
     if k < n:
         u[k:] = evaluate(model, x_t[k:], r[k:], t[k:], y_flow)
 
@@ -258,7 +260,7 @@ class Objective(nn.Module):
         self.model, self.options = model, options
 
     def forward(self, x0, lam, y=None, **options):
-        return meanflow_loss(self.model, x0, lam, y, **self.options | options)
+        return meanflow_loss(self.model, x0, lam, y, **(self.options | options))
 
 
 # Sampling, in one step or in several -------------------------------------------------------------
@@ -274,7 +276,7 @@ def sample(model, x1, *, steps=1, y=None, times=None):
     steps  number of network evaluations, at least 1, on an even grid from t = 1 to 0
     y      labels (B, ...) for a model that takes them
     times  in the place of `steps`, the grid itself: decreasing numbers from 1 to 0
-    Raises ValueError that names the argument.
+    Raises ValueError naming the argument.
     """
     if not (torch.is_tensor(x1) and x1.is_floating_point() and x1.ndim > 1):
         raise ValueError(f"x1 must be a float tensor (B, ...), got {describe(x1)}")
@@ -316,13 +318,14 @@ def time_grid(steps, times):
 class DerivativeRules(TorchFunctionMode):
     """While active, answer calls of the functions in RULES with a forward-mode rule of our own.
 
-    It does not matter who calls them: torch's layers, another library or your network. Only calls
-    within another function of torch's, as multi-head attention, are not seen. Two rules are needed
-    for right gradients: PyTorch's derivatives of layer norm and instance norm treat mean and
-    deviation as constants when differentiated again, as λ > 0 does. Its derivatives of group norm
-    and batch norm do not compile. Those of linear layers and convolutions also multiply by the
-    tangent of the weights, though it is zero. Attention is called without autocast. All else is
+    Two rules are needed for right gradients: PyTorch's derivatives of layer norm and instance norm
+    treat mean and deviation as constants when differentiated again, as λ > 0 does. Its derivatives
+    of group norm and batch norm do not compile. Those of linear layers and convolutions waste time
+    on the tangent of the weights, which is zero. Attention is called without autocast. All else is
     left to PyTorch.
+    It does not matter who calls the functions: torch's layers, another library or your network.
+    Only the calls that torch's own functions make, such as the linear layers in
+    F.multi_head_attention_forward, are not seen.
     gradients=False keeps no graph of the tangents that the rules make, as λ = 0 allows.
     """
 
@@ -340,12 +343,12 @@ class DerivativeRules(TorchFunctionMode):
         x, *rest = args or [kwargs.pop("input")]
         primal, dx = forward_ad.unpack_dual(x)
         result = function(x if dx is None else primal, *rest, **kwargs)
-        y, dy = forward_ad.unpack_dual(result)
+        y, dy = forward_ad.unpack_dual(result)  # dy: of weights that depend on x or t
         if dx is None and dy is None:
             return result
         dx = torch.zeros_like(primal) if dx is None else dx
         with nullcontext() if self.gradients else torch.no_grad():
-            dy = rule(function, dy, primal, dx, *rest, **kwargs).to(y.dtype)
+            dy = rule(primal, dx, *rest, **kwargs).to(y.dtype)
         if not self.gradients:
             dy = dy.detach()  # a view made under no_grad would refuse to be changed in place
         return forward_ad.make_dual(y, dy)
@@ -357,9 +360,9 @@ ATTENTION = F.scaled_dot_product_attention, F.multi_head_attention_forward
 def without_autocast(function, args, kwargs):
     """Cast the arguments as autocast would, and call the function without it.
 
-    Autocast is off within attention, but torch.func.jvp turns it on again there. On a GPU it then
-    takes the softmax of bf16 scores to float32, whose backward pass PyTorch 2.11 refuses. Without
-    autocast attention computes in float32, as it does outside of the derivative.
+    Usually autocast acts on attention as a whole. In torch.func.jvp it acts on each operation that
+    attention consists of, and makes the softmax of bf16 scores float32 on a GPU, whose backward
+    pass PyTorch 2.11 refuses. Without autocast the math backend computes in float32, as usual.
     """
     device = next(z.device.type for z in (*args, *kwargs.values()) if torch.is_tensor(z))
     if device == "meta" or not torch.is_autocast_enabled(device):
@@ -371,15 +374,23 @@ def without_autocast(function, args, kwargs):
         return function(*map(cast, args), **{name: cast(z) for name, z in kwargs.items()})
 
 
-# A rule takes the function, dy, x, dx and the function's further arguments, and returns the tangent
-# of y. The dy it is given, mostly None, is what PyTorch makes of weights that depend on x or t, and
-# right for `linear` alone, which is also alone in needing the function.
+# A rule takes x, its tangent dx and the function's further arguments, and returns the tangent of y.
+# Weights have a tangent, too, if the network computes them from x or t.
 
 
-def linear(function, dy, x, dx, weight, bias=None, *args, **kwargs):
-    """y = W x + b, W a matrix or a kernel:  dy = W dx, and dW x + db, which PyTorch has right."""
-    product = function(dx, forward_ad.unpack_dual(weight).primal, None, *args, **kwargs)
-    return product if dy is None else product + dy
+def unpacked(parameter):
+    """Return a weight or bias and its tangent, or None for either."""
+    return (None, None) if parameter is None else forward_ad.unpack_dual(parameter)
+
+
+def linear(function, x, dx, weight, bias=None, *args, **kwargs):
+    """y = W x + b, W a matrix or a kernel:  dy = W dx + dW x + db."""
+    (weight, dweight), (_, dbias) = unpacked(weight), unpacked(bias)
+    dy = function(dx, weight, None, *args, **kwargs)
+    if dweight is None and dbias is None:
+        return dy
+    dweight = torch.zeros_like(weight) if dweight is None else dweight
+    return dy + function(x, dweight, dbias, *args, **kwargs)
 
 
 def normalized(x, dx, size, eps):
@@ -397,67 +408,58 @@ def normalized(x, dx, size, eps):
     return n.view(x.shape), dn.view(x.shape)
 
 
-def unpacked(parameter):
-    """Return a weight or bias and its tangent, which it has if it depends on x or t; or Nones."""
-    return (None, None) if parameter is None else forward_ad.unpack_dual(parameter)
-
-
-def scaled(n, dn, weight, bias, like):
-    """y = w n + b:  dy = w dn + dw n + db, with w and b in the shape that `like` gives them."""
+def scaled(n, dn, weight, bias, shape):
+    """y = w n + b:  dy = w dn + dw n + db, with w and b viewed in the shape."""
     (weight, dweight), (_, dbias) = unpacked(weight), unpacked(bias)
-    dy = dn if weight is None else like(weight) * dn
-    dy = dy if dweight is None else dy + like(dweight) * n
-    return dy if dbias is None else dy + like(dbias)
+    dy = dn if weight is None else weight.view(shape) * dn
+    dy = dy if dweight is None else dy + dweight.view(shape) * n
+    return dy if dbias is None else dy + dbias.view(shape)
 
 
 def per_channel(x):
-    """Return the function that gives w (C,) the shape (C, 1, ...), to multiply x (B, C, ...)."""
-    return lambda w: w.view(-1, *[1] * (x.ndim - 2))
+    """Return the shape (C, 1, ...) in which weights (C,) multiply x (B, C, ...)."""
+    return -1, *[1] * (x.ndim - 2)
 
 
-def layer_norm(function, dy, x, dx, normalized_shape, weight=None, bias=None, eps=1e-5,
-               cudnn_enable=True):  # fmt: skip
+def layer_norm(x, dx, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True):
     n, dn = normalized(x, dx, math.prod(normalized_shape), eps)
-    return scaled(n, dn, weight, bias, like=lambda w: w)
+    return scaled(n, dn, weight, bias, normalized_shape)
 
 
-def group_norm(function, dy, x, dx, num_groups, weight=None, bias=None, eps=1e-5,
-               cudnn_enabled=True):  # fmt: skip
+def group_norm(x, dx, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
     n, dn = normalized(x, dx, x.shape[1:].numel() // num_groups, eps)
-    return scaled(n, dn, weight, bias, like=per_channel(x))
+    return scaled(n, dn, weight, bias, per_channel(x))
 
 
-def batch_norm(function, dy, x, dx, running_mean, running_var, weight=None, bias=None,
-               training=False, momentum=0.1, eps=1e-5, cudnn_enabled=True):  # fmt: skip
+def batch_norm(x, dx, running_mean, running_var, weight=None, bias=None, training=False,
+               momentum=0.1, eps=1e-5, cudnn_enabled=True):  # fmt: skip
     """y = w n + b, n = (x - running mean) / running std:  dn = dx / running std."""
     if training:
         raise ValueError("model must treat samples one by one; batch norm mixes them in training")
-    like = per_channel(x)
-    rstd = like((running_var + eps).rsqrt())
-    return scaled((x - like(running_mean)) * rstd, dx * rstd, weight, bias, like)
+    shape = per_channel(x)
+    mean, rstd = running_mean.view(shape), (running_var + eps).rsqrt().view(shape)
+    return scaled((x - mean) * rstd, dx * rstd, weight, bias, shape)
 
 
-def instance_norm(function, dy, x, dx, running_mean=None, running_var=None, weight=None, bias=None,
+def instance_norm(x, dx, running_mean=None, running_var=None, weight=None, bias=None,
                   use_input_stats=True, momentum=0.1, eps=1e-5, cudnn_enabled=True):  # fmt: skip
     if use_input_stats:
-        return group_norm(function, dy, x, dx, x.shape[1], weight, bias, eps)
-    return batch_norm(function, dy, x, dx, running_mean, running_var, weight, bias, eps=eps)
+        return group_norm(x, dx, x.shape[1], weight, bias, eps)
+    return batch_norm(x, dx, running_mean, running_var, weight, bias, eps=eps)
 
 
 def reordered(rule):
     """Return the rule of F's function for torch's of the same name, which takes weights first."""
 
-    def reorder(function, dy, x, dx, weight, bias, running_mean, running_var, *rest, **named):
-        return rule(function, dy, x, dx, running_mean, running_var, weight, bias, *rest, **named)
+    def reorder(x, dx, weight, bias, running_mean, running_var, *rest, **named):
+        return rule(x, dx, running_mean, running_var, weight, bias, *rest, **named)
 
     return reorder
 
 
+LINEAR = F.linear, torch.conv1d, torch.conv2d, torch.conv3d
 RULES = {  # F.conv2d is torch.conv2d, but norms exist twice
-    F.linear: linear,
-    torch.conv1d: linear,
-    torch.conv2d: linear,
-    torch.conv3d: linear,
+    **{function: partial(linear, function) for function in LINEAR},
     F.layer_norm: layer_norm,
     torch.layer_norm: layer_norm,
     F.group_norm: group_norm,
@@ -584,8 +586,11 @@ class UNet(nn.Module):
         self, channels, *, size, width=32, multipliers=(1, 2), blocks=1, attention=1, patch=1,
         classes=0, dropout=0.0,
     ):  # fmt: skip
-        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
+        config = dict(
+            channels=channels, size=size, width=width, multipliers=multipliers, blocks=blocks,
+            attention=attention, patch=patch, classes=classes, dropout=dropout,
+        )  # fmt: skip
         self.config = config  # what a checkpoint needs to build the network again
         self.shape, self.patch, self.classes = (channels, size, size), patch, classes
         widths = [width * multiplier for multiplier in multipliers]
@@ -716,7 +721,7 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 CLIP = 20.0  # largest norm of the gradient
 MUON_RATE = 2.5  # learning rate of Muon as a multiple of Adam's
 LABEL_DROPOUT = 0.1  # share of labels that guidance takes away
-PATIENCE = 20  # steps in a row without a finite gradient that end training when a row is due
+PATIENCE = 20  # steps in a row without a finite gradient, after which training ends
 # settings that may change on --resume
 MAY_CHANGE = {"data", "out", "device", "compile", "resume", "log_every", "save_every"}
 
@@ -739,7 +744,7 @@ def train(model, images, labels, args, *, flip=False):
     launched = all(os.environ.get(k) for k in ("RANK", "WORLD_SIZE"))  # by torchrun or its like
     rank, world = (int(os.environ[k]) for k in ("RANK", "WORLD_SIZE")) if launched else (0, 1)
     args = completed(args, world)
-    args.world, args.flip = world, flip  # which --resume must find again
+    args.world, args.flip = world, flip  # saved, as --resume must find them the same
     check_data(model, images, labels, args)
     device, out = torch.device(args.device), Path(args.out)
     images = images.to(device)
@@ -756,10 +761,11 @@ def train(model, images, labels, args, *, flip=False):
     with sole_user(out, rank), noted_signals(world) as signals:
         state = resume(out, parts, args, rank)
         objective = prepared_objective(model, args, device, world)
+        jumps = number_of_jumps(args.batch_size // world, args.jump_share)  # of every batch
         if args.compile and rank == 0:
             print("compiling: the first step can take minutes", flush=True)
         recent, mark = [], time.perf_counter()
-        skipped = torch.zeros((), device=device)  # latest steps in a row, without a finite gradient
+        skipped = torch.zeros((), device=device)  # steps in a row, up to now, without an update
         for step in range(state["step"] + 1, args.steps + 1):
             # seeded by the step, so that there is no state of random numbers to save
             torch.manual_seed(hash((args.seed, step - 1, rank)))
@@ -769,15 +775,14 @@ def train(model, images, labels, args, *, flip=False):
                 loss, err = objective(x0, lam, y, tangent=tangent)
             norm = update(loss, model, adam, muon, scaler, learning_rate(step - 1, args))
             skipped = torch.where(norm.isfinite(), 0, skipped + 1)
-            if step == 1:  # what was drawn at the start is no part of the average
+            if step == 1:  # the average starts from here, not from the initial weights
                 average.load_state_dict(model.state_dict())
             else:
                 blend([*average.parameters()], [*model.parameters()], None)
             state["step"] = step
 
-            jumps = number_of_jumps(len(x0), args.jump_share)
             means = loss.detach(), err[jumps:].mean(), err[:jumps].mean(), norm
-            recent.append(torch.stack(means))  # on the device, which is not waited for
+            recent.append(torch.stack(means))  # stays on the device, so nothing waits for it
             signalled = signals[0] if signals else None  # read once: it may come any time
             saves = signalled or step in (1, args.steps) or step % args.save_every == 0
             if not (saves or step % args.log_every == 0):
@@ -836,12 +841,13 @@ def draw_batch(images, labels, n, flip, guidance):
 def lambda_and_tangent(step, args):
     """Return λ of a step, counted from 0, and the direction of du/dt.
 
-    λ is a number, or for the compiler, to which numbers are constants, a tensor unless it stays 0.
+    λ is a number. If the loss is compiled, for which every number would mean another compilation,
+    it is a tensor unless it stays 0.
     """
     curriculum = {"warmup": args.lambda_warmup, "maximum": args.lambda_max}
     schedule = lambda_schedule(args.lambda_schedule, **curriculum)
     lam = schedule(step)
-    modulated = max(lam, schedule(args.steps)) > 0  # now or later, so that one graph serves both
+    modulated = max(lam, schedule(args.steps)) > 0  # or will be: a rising λ needs one graph only
     tangent = args.tangent
     if tangent == "mixed":  # λ > 0 along the conditional one costs variety, see the README
         tangent = "marginal" if modulated else "conditional"
@@ -878,7 +884,7 @@ class Muon(torch.optim.Muon):
     """torch's Muon for the convolutions of a UNet between the first and the last one.
 
     It sees each kernel as a matrix (outputs, all else) that shares the kernel's storage. Updates
-    have the lengths that Adam's would have, after Liu et al. 2025, arXiv:2502.16982. Its
+    have the size (RMS) of Adam's, after Liu et al. 2025, arXiv:2502.16982. Its
     momentum of 0.9 was a little better than torch's default of 0.95 in short trainings on MNIST.
     Weights decay by the default of 0.1.
     """
@@ -893,17 +899,17 @@ class Muon(torch.optim.Muon):
         """Use up the kernels' gradients, so that Adam finds none; step if they are `finite`."""
         for matrix, kernel in zip(self.param_groups[0]["params"], self.kernels, strict=True):
             matrix.grad, kernel.grad = kernel.grad.flatten(1), None
-        if finite:  # which waits for a GPU, unlike Adam's found_inf
+        if finite:  # this waits for a GPU, unlike Adam's found_inf
             with Float32OnCPU():
                 super().step()
 
 
 class Float32OnCPU(TorchFunctionMode):
-    """Keep float32 where Muon asks for bfloat16, which a CPU without it imitates, slowly."""
+    """Keep float32 where torch's Muon calls .bfloat16(), as many CPUs emulate it, slowly."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.Tensor.bfloat16 and args[0].device.type == "cpu":
-            return args[0].clone()
+            return args[0].clone()  # Muon goes on in place
         return function(*args, **kwargs or {})
 
 
@@ -1100,13 +1106,13 @@ def draw(model, num, *, steps=1, seed=0, label=None):
     x1 = torch.randn(num, *model.shape, generator=torch.Generator().manual_seed(seed))
     y = torch.arange(num) % max(1, model.classes) if label is None else torch.full((num,), label)
     device, images = next(model.parameters()).device, []
-    for x, k in zip(x1.to(device).split(500), y.to(device).split(500), strict=True):
-        images.append(sample(model, x, steps=steps, y=k if model.classes else None))
+    for x, labels in zip(x1.to(device).split(500), y.to(device).split(500), strict=True):
+        images.append(sample(model, x, steps=steps, y=labels if model.classes else None))
     return torch.cat(images)
 
 
 def save_images(images, file):
-    """Write images (B, C, H, W) in [-1, 1] into one PNG, ten in a row."""
+    """Write images (B, C, H, W) in [-1, 1] into one PNG, ten in a row, or an image (C, H, W)."""
     from torchvision.utils import save_image
 
     with replacing(file) as temporary:
@@ -1187,19 +1193,21 @@ def train_parser(description, **defaults):
     flag("--beta2", type=DECAY, default=0.999, help="decay of Adam's second moment")
     flag("--ema", type=DECAY, default=0.999, help="decay of the averaged weights, per step")
     flag("--lambda-schedule", choices=LAMBDA_SCHEDULES, help="curriculum; without it lambda is 0")
-    flag("--lambda-max", type=SHARE, help="largest lambda; without it 1; 0 for lambda = 0")
+    flag("--lambda-max", type=SHARE, help="largest lambda; without it 1")
     flag("--lambda-warmup", type=COUNT, help="steps of the change; without it a quarter of all")
     tangents = "conditional", "marginal", "mixed"
     flag("--tangent", choices=tangents, default="mixed", help="direction of du/dt; mixed: marginal "
-         "where lambda > 0, otherwise conditional")  # fmt: skip
-    flag("--jump-share", type=SHARE, default=0.25, help="share of samples with r < t")
+         "while lambda is, or will be, above 0, otherwise conditional")  # fmt: skip
+    flag("--jump-share", type=SHARE, default=0.25, help="share of samples with r < t; the error "
+         "of a kind of which there are none is nan")  # fmt: skip
     flag("--t-logit", **normal, default=[-0.4, 1.0], help="normal draws of logit(t)")
     flag("--r-logit", **normal, help="of logit(r), clipped to t; without it sorted draws of t")
     flag("--class-cond", action=switch, default=False, help="condition on the labels")
     flag("--guidance", type=number(float, 0, 100), default=1.0, help="guidance to learn; 1 is off")
     flag("--seed", type=SEED, default=0, help="seed of all random numbers")
     flag("--device", choices=devices(), default=devices()[0], help="device to train on")
-    flag("--amp", choices=PRECISIONS, help="network's precision; without it float32 on a CPU")
+    flag("--amp", choices=PRECISIONS, help="network's precision; without it off on a CPU, "
+         "bf16 on a GPU that has it, otherwise fp16")  # fmt: skip
     flag("--compile", action=switch, help="compile the loss; by default on a GPU only")
     flag("--resume", action="store_true", help="go on from the checkpoint in --out, if any")
     flag("--log-every", type=COUNT, default=20, help="steps per row of log.csv and progress line")
@@ -1222,7 +1230,7 @@ def completed(args, world):
     if args.amp == "fp16" and not cuda:
         raise UserError("--amp fp16 needs a GPU; --amp bf16 does not")
     if args.batch_size % world:
-        raise UserError(f"--batch-size {args.batch_size} does not divide by {world} processes")
+        raise UserError(f"--batch-size {args.batch_size} is not divisible by {world} processes")
     each = args.batch_size // world
     if 0 < args.jump_share < 1 and round(args.jump_share * each) in (0, each):
         raise UserError(f"--jump-share {args.jump_share} of {each} images is none or all of them")
