@@ -397,6 +397,8 @@ LAYERS = {  # a layer or function and the shape of a sample
     "transposed conv": (nn.ConvTranspose2d(6, 2, 3, stride=2), IMAGE),
     "a kernel that depends on x": (
         lambda x: F.conv2d(x, x.reshape(-1, 6, 2, 2)[:3], x.flatten()[:3]), IMAGE),
+    "a convolution of which only the bias depends on x": (
+        lambda x: F.conv2d(x, ONES.to(x).view(1, 6, 1, 1), x.sin().flatten()[:1]), IMAGE),
     "group norm": (nn.GroupNorm(2, 6), IMAGE),
     "a group norm whose weight depends on x": (
         lambda x: F.group_norm(x, 2, x.mean((0, 2, 3)), x.sum((0, 2, 3))), IMAGE),
