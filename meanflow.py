@@ -217,6 +217,7 @@ def meanflow_loss(
     if r is None and t is None:
         k = number_of_jumps(n, jump_share)
         like = {"device": x0.device, "dtype": x0.dtype}
+        # the share k / n is k jumps exactly, also where k was drawn
         r, t = sample_times(n, jump_share=k / n, t_logit=t_logit, r_logit=r_logit, **like)
     else:
         check_times(r, t, x0)
