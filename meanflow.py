@@ -344,7 +344,7 @@ class DerivativeRules(TorchFunctionMode):
         x, *rest = args or [kwargs.pop("input")]
         primal, dx = forward_ad.unpack_dual(x)
         result = function(x if dx is None else primal, *rest, **kwargs)
-        y, dy = forward_ad.unpack_dual(result)  # dy: of weights that depend on x or t
+        y, dy = forward_ad.unpack_dual(result)  # dy: only of weights, the rule replaces it
         if dx is None and dy is None:
             return result
         dx = torch.zeros_like(primal) if dx is None else dx
@@ -362,8 +362,9 @@ def without_autocast(function, args, kwargs):
     """Cast the arguments as autocast would, and call the function without it.
 
     Usually autocast acts on attention as a whole. In torch.func.jvp it acts on each operation that
-    attention consists of, and makes the softmax of bf16 scores float32 on a GPU, whose backward
-    pass PyTorch 2.11 refuses. Without autocast the math backend computes in float32, as usual.
+    attention consists of, and makes the softmax of bf16 scores float32; on a GPU, PyTorch 2.11
+    refuses the backward pass of that. Without autocast the math backend computes in float32, as
+    usual.
     """
     device = next(z.device.type for z in (*args, *kwargs.values()) if torch.is_tensor(z))
     if device == "meta" or not torch.is_autocast_enabled(device):
@@ -722,7 +723,7 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 CLIP = 20.0  # largest norm of the gradient
 MUON_RATE = 2.5  # learning rate of Muon as a multiple of Adam's
 LABEL_DROPOUT = 0.1  # share of labels that guidance takes away
-PATIENCE = 20  # steps in a row without a finite gradient, after which training ends
+PATIENCE = 20  # as many steps in a row without a finite gradient end training, at the next row
 # settings that may change on --resume
 MAY_CHANGE = {"data", "out", "device", "compile", "resume", "log_every", "save_every"}
 
@@ -848,7 +849,7 @@ def lambda_and_tangent(step, args):
     curriculum = {"warmup": args.lambda_warmup, "maximum": args.lambda_max}
     schedule = lambda_schedule(args.lambda_schedule, **curriculum)
     lam = schedule(step)
-    modulated = max(lam, schedule(args.steps)) > 0  # or will be: a rising λ needs one graph only
+    modulated = max(lam, schedule(args.steps)) > 0  # or will be, so that a rising λ needs one graph
     tangent = args.tangent
     if tangent == "mixed":  # λ > 0 along the conditional one costs variety, see the README
         tangent = "marginal" if modulated else "conditional"
@@ -1113,7 +1114,7 @@ def draw(model, num, *, steps=1, seed=0, label=None):
 
 
 def save_images(images, file):
-    """Write images (B, C, H, W) in [-1, 1] into one PNG, ten in a row, or an image (C, H, W)."""
+    """Write images (B, C, H, W), ten in a row, or one image (C, H, W), in [-1, 1], into a PNG."""
     from torchvision.utils import save_image
 
     with replacing(file) as temporary:
@@ -1194,21 +1195,21 @@ def train_parser(description, **defaults):
     flag("--beta2", type=DECAY, default=0.999, help="decay of Adam's second moment")
     flag("--ema", type=DECAY, default=0.999, help="decay of the averaged weights, per step")
     flag("--lambda-schedule", choices=LAMBDA_SCHEDULES, help="curriculum; without it lambda is 0")
-    flag("--lambda-max", type=SHARE, help="largest lambda; without it 1")
+    flag("--lambda-max", type=SHARE, help="largest lambda; without it 1; 0 is lambda = 0")
     flag("--lambda-warmup", type=COUNT, help="steps of the change; without it a quarter of all")
     tangents = "conditional", "marginal", "mixed"
     flag("--tangent", choices=tangents, default="mixed", help="direction of du/dt; mixed: marginal "
          "while lambda is, or will be, above 0, otherwise conditional")  # fmt: skip
-    flag("--jump-share", type=SHARE, default=0.25, help="share of samples with r < t; the error "
-         "of a kind of which there are none is nan")  # fmt: skip
+    flag("--jump-share", type=SHARE, default=0.25, help="share of samples with r < t; at 0 and 1 "
+         "one of the two errors is nan")  # fmt: skip
     flag("--t-logit", **normal, default=[-0.4, 1.0], help="normal draws of logit(t)")
     flag("--r-logit", **normal, help="of logit(r), clipped to t; without it sorted draws of t")
     flag("--class-cond", action=switch, default=False, help="condition on the labels")
     flag("--guidance", type=number(float, 0, 100), default=1.0, help="guidance to learn; 1 is off")
     flag("--seed", type=SEED, default=0, help="seed of all random numbers")
     flag("--device", choices=devices(), default=devices()[0], help="device to train on")
-    flag("--amp", choices=PRECISIONS, help="network's precision; without it off on a CPU, "
-         "bf16 on a GPU that has it, otherwise fp16")  # fmt: skip
+    flag("--amp", choices=PRECISIONS, help="precision of the network, off: float32; without it "
+         "off on a CPU, bf16 on a GPU that has it, otherwise fp16")  # fmt: skip
     flag("--compile", action=switch, help="compile the loss; by default on a GPU only")
     flag("--resume", action="store_true", help="go on from the checkpoint in --out, if any")
     flag("--log-every", type=COUNT, default=20, help="steps per row of log.csv and progress line")
