@@ -5,7 +5,7 @@ The paper's summary says that a rising λ trains stably, and well where data are
 
 - Few data: the same steps on 600, 6,000 and 60,000 images. Distance and recall of 5,000 one-step
   samples against the test images, and the share of samples nearer to a training image than to any
-  of as many test images: a half where nothing is memorised.
+  of as many test images: about a half where nothing is memorised.
 - Stability: the learning rate of the recipe times 1, 3 and 10. How many trainings end, how large
   the gradient's norm gets in their second half, where the risen λ is 1 and the fallen one 0 (means
   of ten steps, before it is clipped at 20), and the distance.

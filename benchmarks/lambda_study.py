@@ -12,7 +12,8 @@ the right.
 
 The network is half as wide as that of train_mnist.py, with one block a level and self-attention in
 the lowest, and Adam trains it.
-A finished run in --out is not repeated, so an interrupted study goes on with the same command.
+A finished run in --out is not repeated, so an interrupted study goes on with the same command. Of
+the runs that were interrupted it counts the last seconds only: remove their folders to time them.
 """
 
 import argparse
@@ -111,7 +112,7 @@ def drawn_evenly(labels, count, seed):
 
 def memorised(samples, train, test):
     """Return the share of samples that are nearer to a training image than to any of as many test
-    images: a half, if nothing is memorised."""
+    images: about a half if nothing is memorised, but these are not drawn as the training images."""
     count = min(len(train), len(test))
     nearest = lambda images: torch.cdist(samples.flatten(1), images[:count].flatten(1)).amin(1)
     return (nearest(train) < nearest(test)).float().mean().item()
