@@ -342,14 +342,14 @@ class DerivativeRules(TorchFunctionMode):
         if rule is None:
             return function(*args, **kwargs)
         x, *rest = args or [kwargs.pop("input")]
-        primal, dx = forward_ad.unpack_dual(x)
-        result = function(x if dx is None else primal, *rest, **kwargs)
-        y, dy = forward_ad.unpack_dual(result)  # dy: only of weights, the rule replaces it
-        if dx is None and dy is None:
-            return result
-        dx = torch.zeros_like(primal) if dx is None else dx
+        x, dx = unpacked(x)
+        primal = lambda z: unpacked(z)[0]
+        y = function(x, *map(primal, rest), **{name: primal(z) for name, z in kwargs.items()})
+        if dx is None and all(unpacked(z)[1] is None for z in (*rest, *kwargs.values())):
+            return y
+        dx = torch.zeros_like(x) if dx is None else dx
         with nullcontext() if self.gradients else torch.no_grad():
-            dy = rule(primal, dx, *rest, **kwargs).to(y.dtype)
+            dy = rule(x, dx, *rest, **kwargs).to(y.dtype)
         if not self.gradients:
             dy = dy.detach()  # a view made under no_grad would refuse to be changed in place
         return forward_ad.make_dual(y, dy)
@@ -376,13 +376,14 @@ def without_autocast(function, args, kwargs):
         return function(*map(cast, args), **{name: cast(z) for name, z in kwargs.items()})
 
 
+def unpacked(z):
+    """Return a tensor without its tangent, and the tangent; of anything else itself, and None."""
+    primal, tangent = forward_ad.unpack_dual(z) if torch.is_tensor(z) else (z, None)
+    return (z if tangent is None else primal), tangent
+
+
 # A rule takes x, its tangent dx and the function's further arguments, and returns the tangent of y.
 # Weights have a tangent, too, if the network computes them from x or t.
-
-
-def unpacked(parameter):
-    """Return a weight or bias and its tangent, or None for either."""
-    return (None, None) if parameter is None else forward_ad.unpack_dual(parameter)
 
 
 def linear(function, x, dx, weight, bias=None, *args, **kwargs):
