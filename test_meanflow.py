@@ -520,7 +520,8 @@ class Everything(nn.Module):
         self.label, self.last = nn.Embedding(4, 4), nn.Linear(4, 2)
 
     def forward(self, x, r, t, y=None):
-        h = self.group(self.conv(x)).flatten(2).mT  # (B, H W, 4)
+        h = F.group_norm(self.conv(x), 2, 1 + t[:1].sin().expand(4))  # a weight with a tangent
+        h = self.group(h).flatten(2).mT  # (B, H W, 4)
         label = self.label(torch.zeros_like(r).long() if y is None else 1 + y)[:, None]
         h = self.layer(h + label + expand(t - r, h))
         h = F.scaled_dot_product_attention(h, h, h)
