@@ -343,7 +343,7 @@ class DerivativeRules(TorchFunctionMode):
             return function(*args, **kwargs)
         x, *rest = args or [kwargs.pop("input")]
         x, dx = unpacked(x)
-        primal = lambda z: unpacked(z)[0]
+        primal = lambda z: unpacked(z)[0]  # so that PyTorch makes no derivative of its own
         y = function(x, *map(primal, rest), **{name: primal(z) for name, z in kwargs.items()})
         if dx is None and all(unpacked(z)[1] is None for z in (*rest, *kwargs.values())):
             return y
@@ -887,9 +887,9 @@ class Muon(torch.optim.Muon):
     """torch's Muon for the convolutions of a UNet between the first and the last one.
 
     It sees each kernel as a matrix (outputs, all else) that shares the kernel's storage. Updates
-    have the size (RMS) of Adam's, after Liu et al. 2025, arXiv:2502.16982. Its
-    momentum of 0.9 was a little better than torch's default of 0.95 in short trainings on MNIST.
-    Weights decay by the default of 0.1.
+    have the size (RMS) of Adam's, after Liu et al. 2025, arXiv:2502.16982. The momentum of 0.9 was
+    a little better than torch's default of 0.95 in short trainings on MNIST. Weights decay by the
+    default of 0.1.
     """
 
     def __init__(self, model):
