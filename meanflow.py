@@ -57,36 +57,39 @@ def path(x0, x1, t):
     return (1 - t) * x0 + t * x1, x1 - x0
 
 
-def sample_times(n, *, jump_share=0.25, t_logit=(-0.4, 1.0), r_logit=None, device=None, dtype=None):
+def sample_times(n, jumps, *, t_logit=(-0.4, 1.0), r_logit=None, device=None, dtype=None):
     """Draw n pairs of times 0 <= r <= t <= 1 and return (r, t), both (n,).
 
-    n           number of pairs, at least 1
-    jump_share  share of the pairs that jump, in [0, 1]; they come first, the others have r = t.
-                Where n is too small for both kinds, it is the share on average
-    t_logit     mean and standard deviation of the normal draws of logit(t)
-    r_logit     the same for r, then clipped to t; None: r and t are two draws of t_logit, sorted
+    n        number of pairs, at least 1
+    jumps    how many of them jump, from 0 to n; they come first, the others have r = t
+    t_logit  mean and standard deviation of the normal draws of logit(t)
+    r_logit  the same for r, which is then clipped to t, so that some of the jumps have r = t, too;
+             None: r and t are two draws of t_logit, sorted
+    The defaults, MeanFlow's for ImageNet, hardly reach t = 1, where one-step sampling starts. On
+    MNIST, t_logit=(0, 1.6), r_logit=(-4, 1.6) and half of the pairs as jumps gave better samples.
     Raises ValueError for values outside these ranges.
     """
-    k = number_of_jumps(n, jump_share)
+    if not (isinstance(n, Integral) and n >= 1):
+        raise ValueError(f"n must be a positive integer, got {n!r}")
+    if not (isinstance(jumps, Integral) and 0 <= jumps <= n):
+        raise ValueError(f"jumps must be an integer from 0 to {n}, got {jumps!r}")
     check_logit("t_logit", t_logit)
     logit_normal = lambda mean, std: torch.sigmoid(
         mean + std * torch.randn(n, device=device, dtype=dtype)
     )
     t = logit_normal(*t_logit)
-    if r_logit is None:  # the later draw is t, where r = t too, as in MeanFlow
+    if r_logit is None:  # sorted before r = t is set, so that t is the later draw there, too
         other = logit_normal(*t_logit)
         r, t = torch.minimum(t, other), torch.maximum(t, other)
     else:
         check_logit("r_logit", r_logit)
         r = torch.minimum(t, logit_normal(*r_logit))
-    return torch.cat((r[:k], t[k:])), t
+    return torch.cat((r[:jumps], t[jumps:])), t
 
 
 def number_of_jumps(n, jump_share):
-    """Return how many of n pairs jump: the share, rounded. If that is none or all of them though
+    """Return how many of n samples jump: the share, rounded. If that is none or all of them though
     the share is neither, it is rounded up or down at random, so that the mean is right."""
-    if not (isinstance(n, Integral) and n >= 1):
-        raise ValueError(f"n must be a positive integer, got {n!r}")
     if not is_number(jump_share, 0, 1):
         raise ValueError(f"jump_share must be in [0, 1], got {describe(jump_share)}")
     jumps = round(jump_share * n)
@@ -160,7 +163,8 @@ def marginal_velocity(model, x_t, t, y=None):
 def guided_velocity(model, x_t, t, v, y, guidance):
     """Return ω v + (1 - ω) u(x_t, t, t) for samples with a label y >= 0, and v for those without.
 
-    u is that of model(x, r, t), without labels, which is trained on the samples with y < 0.
+    This is MeanFlow's guidance, which needs no second evaluation when sampling. u is evaluated
+    without labels; what trains it are the samples with y < 0, so the model must treat both alike.
     """
     guided = guidance * v + (1 - guidance) * marginal_velocity(model, x_t, t)
     return torch.where(expand(y >= 0, v), guided, v)
@@ -198,16 +202,19 @@ def meanflow_loss(
               The number 0 is cheaper than a tensor that holds 0
     y         labels (B, ...) for a model that takes them
     x1        noise, shaped like x0; if not given, drawn from N(0, I)
-    r, t      times (B,), 0 <= r <= t <= 1; if not given, drawn by `sample_times` with jump_share,
-              t_logit and r_logit: the first samples of the batch jump, so shuffle it
-    tangent   direction of du/dt: "conditional", the paper's v, or "marginal", u(x_t, t, t). With
-              the latter, for p = 0, the true u is a stationary point for every λ. It takes one
-              more forward pass of the jumps, with a dropout mask of its own
+    r, t      times (B,), 0 <= r <= t <= 1; if not given, drawn by `sample_times` with t_logit and
+              r_logit, so that a share of jump_share, in [0, 1], jumps: the first samples of the
+              batch, so shuffle it. Where it is too small for both kinds, the share is a mean
+    tangent   direction of du/dt: "conditional", the paper's v, with which λ > 0 made one-step
+              samples lose their variety, or "marginal", u(x_t, t, t), as in improved MeanFlow
+              (arXiv 2512.02012). With the latter, for p = 0, the true u is a stationary point for
+              every λ. It takes one more forward pass of the jumps, with a dropout mask of its own
     guidance  ω; unless it is 1, `guided_velocity` takes the place of v, at one more forward pass,
               which calls the model without labels. Needs labels y (B,), about a tenth of them -1,
               which the model must treat like a missing y
     p, c      power >= 0 and offset > 0 of the adaptive weight; p = 0 is the plain squared error,
-              a larger p shifts the solution from the mean towards the mode
+              0.75 is MeanFlow's for CIFAR-10. A larger p shifts the solution from the mean towards
+              the mode
     Returns the scalar loss and, for a log, the detached mean of e² in each sample, (B,).
     Raises ValueError naming the argument.
     """
@@ -217,8 +224,7 @@ def meanflow_loss(
     if r is None and t is None:
         k = number_of_jumps(n, jump_share)
         like = {"device": x0.device, "dtype": x0.dtype}
-        # the share k / n is k jumps exactly, also where k was drawn
-        r, t = sample_times(n, jump_share=k / n, t_logit=t_logit, r_logit=r_logit, **like)
+        r, t = sample_times(n, k, t_logit=t_logit, r_logit=r_logit, **like)
     else:
         check_times(r, t, x0)
         k = n  # any of them may jump
@@ -232,11 +238,12 @@ def meanflow_loss(
     dudt = torch.zeros_like(u)
     y_jump, y_flow = (None, None) if y is None else (y[:k], y[k:])
     if k:
-        x_k, r_k, t_k, v_k = x_t[:k], r[:k], t[:k], v[:k]
-        direction = v_k if tangent == "conditional" else marginal_velocity(model, x_k, t_k, y_jump)
+        x_jump, r_jump, t_jump, direction = x_t[:k], r[:k], t[:k], v[:k]
+        if tangent == "marginal":
+            direction = marginal_velocity(model, x_jump, t_jump, y_jump)
         gradients = torch.is_tensor(lam) or lam != 0  # a tensor may be on a GPU: it is not read
         u[:k], dudt[:k] = total_derivative(
-            model, x_k, r_k, t_k, direction, y_jump, gradients=gradients
+            model, x_jump, r_jump, t_jump, direction, y_jump, gradients=gradients
         )
     if k < n:
         u[k:] = evaluate(model, x_t[k:], r[k:], t[k:], y_flow)
@@ -251,8 +258,9 @@ def meanflow_loss(
 class Objective(nn.Module):
     """`meanflow_loss` of a model as a module (x0, lam, y=None) -> (loss, err).
 
-    Compile this, with dynamic=False, or wrap it in DistributedDataParallel, not the model, so that
-    the JVP runs inside.
+    Compile this or wrap it in DistributedDataParallel, not the model, so that the JVP runs inside.
+    Compile with dynamic=False, as forward mode does not compile with symbolic sizes, and pass a λ
+    that changes as a tensor, as every new number would mean another compilation.
     options  keyword arguments of `meanflow_loss`; those of a call take precedence
     """
 
@@ -284,9 +292,10 @@ def sample(model, x1, *, steps=1, y=None, times=None):
     check_label_count(y, x1)
     x = x1
     modules = model.modules() if isinstance(model, nn.Module) else ()
+    # not by model.train(), which would also wake the parts that are frozen
     training = [module for module in modules if module.training]
     try:
-        for module in training:  # one by one, so that frozen parts stay in eval mode
+        for module in training:
             module.training = False
         for t, r in pairwise(time_grid(steps, times)):
             u = evaluate(model, x, x.new_full(x.shape[:1], r), x.new_full(x.shape[:1], t), y)
@@ -339,17 +348,16 @@ class DerivativeRules(TorchFunctionMode):
         if function in ATTENTION:
             return without_autocast(function, args, kwargs)
         rule = RULES.get(function)
-        if rule is None:
+        if rule is None or all(unpacked(z)[1] is None for z in (*args, *kwargs.values())):
             return function(*args, **kwargs)
         x, *rest = args or [kwargs.pop("input")]
         x, dx = unpacked(x)
-        primal = lambda z: unpacked(z)[0]  # so that PyTorch makes no derivative of its own
-        y = function(x, *map(primal, rest), **{name: primal(z) for name, z in kwargs.items()})
-        if dx is None and all(unpacked(z)[1] is None for z in (*rest, *kwargs.values())):
-            return y
         dx = torch.zeros_like(x) if dx is None else dx
         with nullcontext() if self.gradients else torch.no_grad():
-            dy = rule(x, dx, *rest, **kwargs).to(y.dtype)
+            dy = rule(x, dx, *rest, **kwargs)
+        primal = lambda z: unpacked(z)[0]  # so that PyTorch makes no derivative of its own
+        y = function(x, *map(primal, rest), **{name: primal(z) for name, z in kwargs.items()})
+        dy = dy.to(y.dtype)
         if not self.gradients:
             dy = dy.detach()  # a view made under no_grad would refuse to be changed in place
         return forward_ad.make_dual(y, dy)
@@ -386,7 +394,7 @@ def unpacked(z):
 # Weights have a tangent, too, if the network computes them from x or t.
 
 
-def linear(function, x, dx, weight, bias=None, *args, **kwargs):
+def linear_rule(function, x, dx, weight, bias=None, *args, **kwargs):
     """y = W x + b, W a matrix or a kernel:  dy = W dx + dW x + db."""
     (weight, dweight), (_, dbias) = unpacked(weight), unpacked(bias)
     dy = function(dx, weight, None, *args, **kwargs)
@@ -411,8 +419,8 @@ def normalized(x, dx, size, eps):
     return n.view(x.shape), dn.view(x.shape)
 
 
-def scaled(n, dn, weight, bias, shape):
-    """y = w n + b:  dy = w dn + dw n + db, with w and b viewed in the shape."""
+def affine(n, dn, weight, bias, shape):
+    """y = w n + b, with w and b viewed in the shape. Returns dy = w dn + dw n + db."""
     (weight, dweight), (_, dbias) = unpacked(weight), unpacked(bias)
     dy = dn if weight is None else weight.view(shape) * dn
     dy = dy if dweight is None else dy + dweight.view(shape) * n
@@ -424,31 +432,31 @@ def per_channel(x):
     return -1, *[1] * (x.ndim - 2)
 
 
-def layer_norm(x, dx, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True):
+def layer_norm_rule(x, dx, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True):
     n, dn = normalized(x, dx, math.prod(normalized_shape), eps)
-    return scaled(n, dn, weight, bias, normalized_shape)
+    return affine(n, dn, weight, bias, normalized_shape)
 
 
-def group_norm(x, dx, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
+def group_norm_rule(x, dx, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
     n, dn = normalized(x, dx, x.shape[1:].numel() // num_groups, eps)
-    return scaled(n, dn, weight, bias, per_channel(x))
+    return affine(n, dn, weight, bias, per_channel(x))
 
 
-def batch_norm(x, dx, running_mean, running_var, weight=None, bias=None, training=False,
+def batch_norm_rule(x, dx, running_mean, running_var, weight=None, bias=None, training=False,
                momentum=0.1, eps=1e-5, cudnn_enabled=True):  # fmt: skip
     """y = w n + b, n = (x - running mean) / running std:  dn = dx / running std."""
     if training:
         raise ValueError("model must treat samples one by one; batch norm mixes them in training")
     shape = per_channel(x)
     mean, rstd = running_mean.view(shape), (running_var + eps).rsqrt().view(shape)
-    return scaled((x - mean) * rstd, dx * rstd, weight, bias, shape)
+    return affine((x - mean) * rstd, dx * rstd, weight, bias, shape)
 
 
-def instance_norm(x, dx, running_mean=None, running_var=None, weight=None, bias=None,
+def instance_norm_rule(x, dx, running_mean=None, running_var=None, weight=None, bias=None,
                   use_input_stats=True, momentum=0.1, eps=1e-5, cudnn_enabled=True):  # fmt: skip
     if use_input_stats:
-        return group_norm(x, dx, x.shape[1], weight, bias, eps)
-    return batch_norm(x, dx, running_mean, running_var, weight, bias, eps=eps)
+        return group_norm_rule(x, dx, x.shape[1], weight, bias, eps)
+    return batch_norm_rule(x, dx, running_mean, running_var, weight, bias, eps=eps)
 
 
 def reordered(rule):
@@ -462,15 +470,15 @@ def reordered(rule):
 
 LINEAR = F.linear, torch.conv1d, torch.conv2d, torch.conv3d
 RULES = {  # F.conv2d is torch.conv2d, but norms exist twice
-    **{function: partial(linear, function) for function in LINEAR},
-    F.layer_norm: layer_norm,
-    torch.layer_norm: layer_norm,
-    F.group_norm: group_norm,
-    torch.group_norm: group_norm,
-    F.instance_norm: instance_norm,
-    torch.instance_norm: reordered(instance_norm),
-    F.batch_norm: batch_norm,
-    torch.batch_norm: reordered(batch_norm),
+    **{function: partial(linear_rule, function) for function in LINEAR},
+    F.layer_norm: layer_norm_rule,
+    torch.layer_norm: layer_norm_rule,
+    F.group_norm: group_norm_rule,
+    torch.group_norm: group_norm_rule,
+    F.instance_norm: instance_norm_rule,
+    torch.instance_norm: reordered(instance_norm_rule),
+    F.batch_norm: batch_norm_rule,
+    torch.batch_norm: reordered(batch_norm_rule),
 }
 
 
@@ -724,7 +732,7 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 CLIP = 20.0  # largest norm of the gradient
 MUON_RATE = 2.5  # learning rate of Muon as a multiple of Adam's
 LABEL_DROPOUT = 0.1  # share of labels that guidance takes away
-PATIENCE = 20  # as many steps in a row without a finite gradient end training, at the next row
+PATIENCE = 20  # steps in a row without a finite gradient, after which training ends
 # settings that may change on --resume
 MAY_CHANGE = {"data", "out", "device", "compile", "resume", "log_every", "save_every"}
 
@@ -769,20 +777,20 @@ def train(model, images, labels, args, *, flip=False):
             print("compiling: the first step can take minutes", flush=True)
         recent, mark = [], time.perf_counter()
         skipped = torch.zeros((), device=device)  # steps in a row, up to now, without an update
-        for step in range(state["step"] + 1, args.steps + 1):
+        for done in range(state["step"], args.steps):
             # seeded by the step, so that there is no state of random numbers to save
-            torch.manual_seed(hash((args.seed, step - 1, rank)))
+            torch.manual_seed(hash((args.seed, done, rank)))
             x0, y = draw_batch(images, labels, args.batch_size // world, flip, args.guidance)
-            lam, tangent = lambda_and_tangent(step - 1, args)
+            lam, tangent = lambda_and_tangent(done, args)
             with torch.autocast(device.type, PRECISIONS[args.amp], enabled=args.amp != "off"):
                 loss, err = objective(x0, lam, y, tangent=tangent)
-            norm = update(loss, model, adam, muon, scaler, learning_rate(step - 1, args))
+            norm = update(loss, model, adam, muon, scaler, learning_rate(done, args))
             skipped = torch.where(norm.isfinite(), 0, skipped + 1)
-            if step == 1:  # the average starts from here, not from the initial weights
+            if done == 0:  # the average starts from here, not from the initial weights
                 average.load_state_dict(model.state_dict())
             else:
                 blend([*average.parameters()], [*model.parameters()], None)
-            state["step"] = step
+            state["step"] = step = done + 1
 
             means = loss.detach(), err[jumps:].mean(), err[:jumps].mean(), norm
             recent.append(torch.stack(means))  # stays on the device, so nothing waits for it

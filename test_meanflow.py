@@ -81,9 +81,9 @@ def small_unet(**options):
     return net
 
 
-def batch(n=12, shape=(3,), jump_share=0.5):
+def batch(n=12, shape=(3,), jumps=6):
     x0, x1 = torch.randn(2, n, *shape, dtype=torch.float64)
-    r, t = sample_times(n, jump_share=jump_share, dtype=torch.float64)
+    r, t = sample_times(n, jumps, dtype=torch.float64)
     return x0, {"x1": x1, "r": r, "t": t}
 
 
@@ -118,7 +118,7 @@ def gaussian_u(x, r, t):
 
 
 def test_closed_form_satisfies_the_identity_along_the_flow():
-    x0, given = batch(n=1000, shape=(1,), jump_share=1.0)
+    x0, given = batch(n=1000, shape=(1,), jumps=1000)
     r, t = given["r"].clamp(0.01, 0.98), given["t"].clamp(0.02, 0.99)
     t = torch.maximum(t, r + 0.01)
     x_t, _ = path(x0, given["x1"], t)
@@ -151,7 +151,7 @@ def stationarity(lam, tangent):
         a, b, c = parameters
         model = lambda x, r, t: (1 + a) * gaussian_u(x, r, t) + b + c * x  # noqa: B023
         x0 = MEAN + STD * torch.randn(20_000, 1, dtype=torch.float64)
-        r, t = sample_times(len(x0), jump_share=1.0, dtype=torch.float64)
+        r, t = sample_times(len(x0), len(x0), dtype=torch.float64)
         loss, _ = meanflow_loss(model, x0, lam, r=r, t=t, tangent=tangent, p=0)
         grads.append(torch.autograd.grad(loss, parameters)[0])
     grads = torch.stack(grads)
@@ -233,7 +233,7 @@ def test_the_loss_is_the_formula_of_the_papers(lam, options):
 
 def test_a_jump_to_one_point_has_no_error():
     """Which is why λ = 1 draws all samples together, if nothing keeps them apart."""
-    x0, given = batch(jump_share=1.0)
+    x0, given = batch(jumps=12)
     point = torch.tensor([0.3, -0.2, 0.5]).double()
     _, err = meanflow_loss(lambda x, r, t: (x - point) / (t - r)[:, None], x0, 1.0, **given)
     assert err.max() < 1e-20
@@ -263,7 +263,7 @@ def test_err_agrees_with_central_differences():
 def test_jvp_of_the_unet_agrees_with_finite_differences():
     net, y = small_unet(classes=3, patch=2, attention=2), torch.arange(4) % 3
     x, v = torch.randn(2, 4, 1, 8, 8, dtype=torch.float64)
-    r, t = sample_times(4, jump_share=1.0, dtype=torch.float64)
+    r, t = sample_times(4, 4, dtype=torch.float64)
     u, dudt = total_derivative(net, x, r, t, v, y)
     assert_close(u, net(x, r, t, y))
     assert_close(dudt, difference(net, x, r, t, v, y), rtol=1e-6, atol=1e-6)
@@ -288,14 +288,14 @@ def test_only_samples_with_r_below_t_pass_through_the_jvp():
 @pytest.mark.parametrize("tangent", TANGENTS)
 def test_what_is_drawn_gives_the_loss_of_the_same_given(share, tangent):
     net, (x0, _) = Net(), batch()
-    times = {"jump_share": share, "t_logit": (0.3, 1.5), "r_logit": (-1.0, 1.0)}
+    times = {"t_logit": (0.3, 1.5), "r_logit": (-1.0, 1.0)}
     others = {"tangent": tangent, "guidance": 1.5, "p": 0.5, "c": 0.1}
     y = torch.arange(12) % 6 - 1
     torch.manual_seed(1)
-    loss, err = meanflow.Objective(net, **times, p=9)(x0, 0.7, y, **others)
+    loss, err = meanflow.Objective(net, jump_share=share, **times, p=9)(x0, 0.7, y, **others)
     torch.manual_seed(1)
     x1 = torch.randn_like(x0)
-    r, t = sample_times(12, **times, dtype=torch.float64)
+    r, t = sample_times(12, round(12 * share), **times, dtype=torch.float64)
     expected, expected_err = meanflow_loss(net, x0, 0.7, y, x1=x1, r=r, t=t, **others)
     assert_close((loss, err), (expected, expected_err))
     assert_close(gradients(loss, net), gradients(expected, net))
@@ -305,12 +305,11 @@ def test_what_is_drawn_gives_the_loss_of_the_same_given(share, tangent):
 
 
 @pytest.mark.parametrize("r_logit", [None, (-4.0, 1.6)])
-@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_times_are_ordered_and_the_stated_share_jumps(r_logit, share):
-    r, t = sample_times(1000, jump_share=share, r_logit=r_logit, dtype=torch.float64)
+@pytest.mark.parametrize("jumps", [0, 250, 1000])
+def test_times_are_ordered_and_the_stated_number_jumps(r_logit, jumps):
+    r, t = sample_times(1000, jumps, r_logit=r_logit, dtype=torch.float64)
     assert r.shape == t.shape == (1000,) and r.dtype == torch.float64
     assert ((r >= 0) & (r <= t) & (t <= 1)).all()
-    jumps = round(share * 1000)
     assert torch.equal(r[jumps:], t[jumps:])
     if r_logit is None:
         assert (r[:jumps] < t[:jumps]).all()
@@ -318,8 +317,7 @@ def test_times_are_ordered_and_the_stated_share_jumps(r_logit, share):
 
 @pytest.mark.parametrize("n, share", [(1, 0.25), (2, 0.9)])
 def test_tiny_batches_jump_in_the_stated_share_on_average(n, share):
-    times = (sample_times(n, jump_share=share) for _ in range(3000))
-    jumps = torch.stack([r < t for r, t in times]).double().sum(1)
+    jumps = torch.tensor([meanflow.number_of_jumps(n, share) for _ in range(3000)]).double()
     assert set(jumps.tolist()) == {math.floor(n * share), math.ceil(n * share)}
     assert abs(jumps.mean() / n - share) < 4 * jumps.std() / n / 3000**0.5
     loss, err = meanflow_loss(Net().float(), torch.randn(n, 3), 0.5, jump_share=share)
@@ -328,17 +326,17 @@ def test_tiny_batches_jump_in_the_stated_share_on_average(n, share):
 
 def test_times_have_the_distributions_asked_for():
     n = 100_000
-    _, t = sample_times(n, t_logit=(-0.6, 1.6), r_logit=(-4.0, 0.5))
-    r, _ = sample_times(n, t_logit=(9.0, 0.1), r_logit=(-4.0, 0.5), jump_share=1.0)
+    _, t = sample_times(n, n // 2, t_logit=(-0.6, 1.6), r_logit=(-4.0, 0.5))
+    r, _ = sample_times(n, n, t_logit=(9.0, 0.1), r_logit=(-4.0, 0.5))
     for times, mean, std in (t, -0.6, 1.6), (r, -4.0, 0.5):
         logit = times.double().logit()
         assert abs(logit.mean() - mean) < 5 * std / n**0.5 and abs(logit.std() / std - 1) < 0.02
-    _, later = sample_times(n, t_logit=(1.0, 2.0), jump_share=0.0)  # of two draws, where r = t too
+    _, later = sample_times(n, 0, t_logit=(1.0, 2.0))  # of two draws, where r = t too
     assert abs(later.double().logit().mean() - (1.0 + 2.0 / math.pi**0.5)) < 0.05
-    low, high = sample_times(n, t_logit=(1.0, 2.0), jump_share=1.0)
+    low, high = sample_times(n, n, t_logit=(1.0, 2.0))
     both = torch.cat((low, high)).double().logit()  # sorting a pair does not change their union
     assert abs(both.mean() - 1.0) < 0.05 and abs(both.std() - 2.0) < 0.05
-    clipped, t = sample_times(n, t_logit=(0.0, 1.0), r_logit=(0.0, 1.0), jump_share=1.0)
+    clipped, t = sample_times(n, n, t_logit=(0.0, 1.0), r_logit=(0.0, 1.0))
     assert abs((clipped == t).double().mean() - 0.5) < 0.02
 
 
@@ -452,7 +450,7 @@ LAYERS = {  # a layer or function and the shape of a sample
 
 def against_differences(u, parameters, shape):
     """Compare the gradient of the λ = 1 loss with central differences along a direction."""
-    x0, given = batch(n=4, shape=shape, jump_share=1.0)
+    x0, given = batch(n=4, shape=shape, jumps=4)
     loss = lambda: meanflow_loss(u, x0, 1.0, **given, p=0)[0]
     grads = torch.autograd.grad(loss(), parameters, materialize_grads=True)
     directions, h = [torch.randn_like(p) for p in parameters], 1e-6
@@ -479,7 +477,7 @@ def test_derivatives_of_layers_and_their_gradients_agree_with_differences(name, 
         parameter.data.add_(0.2 * torch.randn_like(parameter))
     with torch.device(device):
         x, v = torch.randn(2, 4, *shape, dtype=torch.float64)
-        r, t = sample_times(4, jump_share=1.0, dtype=torch.float64)
+        r, t = sample_times(4, 4, dtype=torch.float64)
         _, dudt = total_derivative(net, x, r, t, v)
         assert_close(dudt, difference(net, x, r, t, v), rtol=1e-6, atol=1e-6)
         against_differences(net, [*net.parameters()], shape)
@@ -576,7 +574,7 @@ def test_gradients_of_layers_under_autocast_are_near_those_without(name, device)
 
 
 def test_a_network_may_work_in_place_on_its_input():
-    net, (x0, given) = Net(), batch(jump_share=1.0)
+    net, (x0, given) = Net(), batch(jumps=12)
     in_place = lambda x, r, t: net(x.mul_(2), r.add_(1), t.mul_(3))
     copies = lambda x, r, t: net(x * 2, r + 1, t * 3)
     before = {name: value.clone() for name, value in given.items()}
@@ -627,7 +625,7 @@ def test_half_precision_data_do_not_overflow():
 
 
 def test_a_derivative_that_needs_no_gradient_keeps_no_graph():
-    net, (x0, given) = small_unet(), batch(n=2, shape=(1, 8, 8), jump_share=1.0)
+    net, (x0, given) = small_unet(), batch(n=2, shape=(1, 8, 8), jumps=2)
     r, t = given["r"], given["t"]
 
     def kept(function, *args, **options):
@@ -685,7 +683,7 @@ def test_the_unet_can_be_built_on_the_meta_device():
 )
 def test_unet_shapes(channels, size, options):
     net = UNet(channels, size=size, width=8, **options)
-    x, (r, t) = torch.randn(2, channels, size, size), sample_times(2)
+    x, (r, t) = torch.randn(2, channels, size, size), sample_times(2, 1)
     y = torch.tensor([0, 9]) if net.classes else None
     assert torch.equal(net(x, r, t, y), torch.zeros_like(x))  # the last layer starts at zero
     loss, err = meanflow_loss(net, x, 1.0, y, jump_share=0.5)
@@ -696,14 +694,14 @@ def test_unet_shapes(channels, size, options):
 def test_the_unet_depends_on_r_and_on_t_and_on_their_order():
     net = small_unet()
     x = torch.randn(4, 1, 8, 8).double()
-    r, t = sample_times(4, jump_share=1.0, dtype=torch.float64)
+    r, t = sample_times(4, 4, dtype=torch.float64)
     for other in net(x, t, r), net(x, r / 2, t), net(x, r, (1 + t) / 2):
         assert (net(x, r, t) - other).abs().mean() > 0.001
 
 
 def test_labels_matter_and_a_missing_one_is_the_null_class():
     net = small_unet(classes=3)
-    x, (r, t) = torch.randn(4, 1, 8, 8).double(), sample_times(4, dtype=torch.float64)
+    x, (r, t) = torch.randn(4, 1, 8, 8).double(), sample_times(4, 1, dtype=torch.float64)
     out = [net(x, r, t, torch.full((4,), y)) for y in range(-1, 3)]
     assert torch.equal(net(x, r, t), out[0])
     assert all((out[i] - out[j]).abs().mean() > 1e-4 for i in range(4) for j in range(i))
@@ -731,7 +729,7 @@ def test_dropout_only_in_training_mode_and_the_mode_comes_back():
 def test_derivative_and_value_share_the_dropout_mask():
     net = small_unet(dropout=0.5).train()
     x, v = torch.randn(2, 3, 1, 8, 8, dtype=torch.float64)
-    r, t = sample_times(3, jump_share=1.0, dtype=torch.float64)
+    r, t = sample_times(3, 3, dtype=torch.float64)
 
     def masked(h):
         torch.manual_seed(1)
@@ -787,11 +785,14 @@ torch_batch_norm = lambda x, r, t: torch.batch_norm(
         (lambda: sample(Net(), X0, steps=0), "steps must be.*0"),
         (lambda: sample(Net(), X0, steps=1.5), "steps must be.*1.5"),
         (lambda: sample(Net(), 4), "x1 must be.*4"),
-        (lambda: sample_times(0), "n must be.*0"),
-        (lambda: sample_times(4, jump_share=1.1), "jump_share must be.*1.1"),
-        (lambda: sample_times(4, t_logit=(0.0, -1.0)), "t_logit must.*-1"),
-        (lambda: sample_times(4, r_logit=(0.0, -1.0)), "r_logit must.*-1"),
-        (lambda: sample_times(4, t_logit=(float("nan"), 1.0)), "t_logit must.*nan"),
+        (lambda: sample_times(0, 0), "n must be.*0"),
+        (lambda: sample_times(4, 5), "jumps must be.*from 0 to 4.*5"),
+        (lambda: sample_times(4, -1), "jumps must be.*-1"),
+        (lambda: sample_times(4, 0.25), "jumps must be.*0.25"),
+        (lambda: sample_times(4, 1, t_logit=(0.0, -1.0)), "t_logit must.*-1"),
+        (lambda: sample_times(4, 1, r_logit=(0.0, -1.0)), "r_logit must.*-1"),
+        (lambda: sample_times(4, 1, t_logit=(float("nan"), 1.0)), "t_logit must.*nan"),
+        (lambda: meanflow_loss(Net(), X0, 0.0, jump_share=1.1), "jump_share must be.*1.1"),
         (lambda: meanflow_loss(Net(), X0, 0.0, r_logit=()), r"r_logit must.*\(\)"),
         (lambda: sample(Net(), X0, steps=2, times=[1, 0]), "steps 2 and times"),
         (lambda: sample(Net(), X0, times=[1, 0.5, 0.5, 0]), "times must be.*decrease.*0.5"),
@@ -865,7 +866,7 @@ def test_one_step_samples_of_a_learned_mixture_hit_its_modes():
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 800)
     for _ in range(800):
         x0 = corners[torch.randint(4, (256,))] + 0.1 * torch.randn(256, 2)
-        r, t = sample_times(256, jump_share=0.5)
+        r, t = sample_times(256, 128)
         loss, _ = meanflow_loss(u, x0, 0.0, r=r, t=t)
         optimizer.zero_grad()
         loss.backward()

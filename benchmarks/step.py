@@ -87,7 +87,7 @@ class WholeBatch(torch.nn.Module):
         self.net, self.derive = net, derive
 
     def forward(self, x0, lam):
-        r, t = meanflow.sample_times(len(x0), device=x0.device)
+        r, t = meanflow.sample_times(len(x0), len(x0) // 4, device=x0.device)
         x_t, v = meanflow.path(x0, torch.randn_like(x0), t)
         with sdpa_kernel(SDPBackend.MATH):
             directions = v, torch.zeros_like(r), torch.ones_like(t)
