@@ -352,12 +352,11 @@ class DerivativeRules(TorchFunctionMode):
             return function(*args, **kwargs)
         x, *rest = args or [kwargs.pop("input")]
         x, dx = unpacked(x)
-        dx = torch.zeros_like(x) if dx is None else dx
-        with nullcontext() if self.gradients else torch.no_grad():
-            dy = rule(x, dx, *rest, **kwargs)
         primal = lambda z: unpacked(z)[0]  # so that PyTorch makes no derivative of its own
         y = function(x, *map(primal, rest), **{name: primal(z) for name, z in kwargs.items()})
-        dy = dy.to(y.dtype)
+        dx = torch.zeros_like(x) if dx is None else dx
+        with nullcontext() if self.gradients else torch.no_grad():
+            dy = rule(x, dx, *rest, **kwargs).to(y.dtype)
         if not self.gradients:
             dy = dy.detach()  # a view made under no_grad would refuse to be changed in place
         return forward_ad.make_dual(y, dy)
