@@ -61,12 +61,12 @@ def sample_times(n, jumps, *, t_logit=(-0.4, 1.0), r_logit=None, device=None, dt
     """Draw n pairs of times 0 <= r <= t <= 1 and return (r, t), both (n,).
 
     n        number of pairs, at least 1
-    jumps    how many of them jump, from 0 to n; they come first, the others have r = t
+    jumps    how many may have r < t, from 0 to n; they come first, the others have r = t
     t_logit  mean and standard deviation of the normal draws of logit(t)
-    r_logit  the same for r, which is then clipped to t, so that some of the jumps have r = t, too;
+    r_logit  the same for r, which is then clipped to t, so that a few of the first have r = t, too;
              None: r and t are two draws of t_logit, sorted
-    The defaults, MeanFlow's for ImageNet, hardly reach t = 1, where one-step sampling starts. On
-    MNIST, t_logit=(0, 1.6), r_logit=(-4, 1.6) and half of the pairs as jumps gave better samples.
+    The defaults, MeanFlow's for ImageNet, hardly reach t = 1, where one-step sampling starts:
+    train_mnist.py takes t_logit=(0, 1.6), r_logit=(-4, 1.6) and half of the pairs as jumps.
     Raises ValueError for values outside these ranges.
     """
     if not (isinstance(n, Integral) and n >= 1):
@@ -164,7 +164,8 @@ def guided_velocity(model, x_t, t, v, y, guidance):
     """Return ω v + (1 - ω) u(x_t, t, t) for samples with a label y >= 0, and v for those without.
 
     This is MeanFlow's guidance, which needs no second evaluation when sampling. u is evaluated
-    without labels; what trains it are the samples with y < 0, so the model must treat both alike.
+    without labels, but trained on samples with y < 0, so the model must treat a negative label like
+    a missing one.
     """
     guided = guidance * v + (1 - guidance) * marginal_velocity(model, x_t, t)
     return torch.where(expand(y >= 0, v), guided, v)
@@ -202,9 +203,10 @@ def meanflow_loss(
               The number 0 is cheaper than a tensor that holds 0
     y         labels (B, ...) for a model that takes them
     x1        noise, shaped like x0; if not given, drawn from N(0, I)
-    r, t      times (B,), 0 <= r <= t <= 1; if not given, drawn by `sample_times` with t_logit and
-              r_logit, so that a share of jump_share, in [0, 1], jumps: the first samples of the
-              batch, so shuffle it. Where it is too small for both kinds, the share is a mean
+    r, t      times (B,), 0 <= r <= t <= 1; if not given, drawn by `sample_times` with t_logit,
+              r_logit and jump_share, the share of the batch, in [0, 1], that jumps. The first
+              samples jump, so shuffle the batch. If it is too small for samples of both kinds, the
+              number of jumps is drawn, so that the share is right on average
     tangent   direction of du/dt: "conditional", the paper's v, with which λ > 0 made one-step
               samples lose their variety, or "marginal", u(x_t, t, t), as in improved MeanFlow
               (arXiv 2512.02012). With the latter, for p = 0, the true u is a stationary point for
@@ -259,8 +261,8 @@ class Objective(nn.Module):
     """`meanflow_loss` of a model as a module (x0, lam, y=None) -> (loss, err).
 
     Compile this or wrap it in DistributedDataParallel, not the model, so that the JVP runs inside.
-    Compile with dynamic=False, as forward mode does not compile with symbolic sizes, and pass a λ
-    that changes as a tensor, as every new number would mean another compilation.
+    Compile with dynamic=False, since forward mode does not compile with symbolic sizes, and pass a
+    changing λ as a tensor, since each new number would mean another compilation.
     options  keyword arguments of `meanflow_loss`; those of a call take precedence
     """
 
@@ -292,7 +294,7 @@ def sample(model, x1, *, steps=1, y=None, times=None):
     check_label_count(y, x1)
     x = x1
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    # not by model.train(), which would also wake the parts that are frozen
+    # one by one, as model.train() would also switch parts that were in eval mode before
     training = [module for module in modules if module.training]
     try:
         for module in training:
@@ -442,7 +444,7 @@ def group_norm_rule(x, dx, num_groups, weight=None, bias=None, eps=1e-5, cudnn_e
 
 
 def batch_norm_rule(x, dx, running_mean, running_var, weight=None, bias=None, training=False,
-               momentum=0.1, eps=1e-5, cudnn_enabled=True):  # fmt: skip
+                    momentum=0.1, eps=1e-5, cudnn_enabled=True):  # fmt: skip
     """y = w n + b, n = (x - running mean) / running std:  dn = dx / running std."""
     if training:
         raise ValueError("model must treat samples one by one; batch norm mixes them in training")
@@ -452,7 +454,8 @@ def batch_norm_rule(x, dx, running_mean, running_var, weight=None, bias=None, tr
 
 
 def instance_norm_rule(x, dx, running_mean=None, running_var=None, weight=None, bias=None,
-                  use_input_stats=True, momentum=0.1, eps=1e-5, cudnn_enabled=True):  # fmt: skip
+                       use_input_stats=True, momentum=0.1, eps=1e-5,
+                       cudnn_enabled=True):  # fmt: skip
     if use_input_stats:
         return group_norm_rule(x, dx, x.shape[1], weight, bias, eps)
     return batch_norm_rule(x, dx, running_mean, running_var, weight, bias, eps=eps)
@@ -731,7 +734,8 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 CLIP = 20.0  # largest norm of the gradient
 MUON_RATE = 2.5  # learning rate of Muon as a multiple of Adam's
 LABEL_DROPOUT = 0.1  # share of labels that guidance takes away
-PATIENCE = 20  # steps in a row without a finite gradient, after which training ends
+# steps in a row without a finite gradient, after which training ends at the next row of the log
+PATIENCE = 20
 # settings that may change on --resume
 MAY_CHANGE = {"data", "out", "device", "compile", "resume", "log_every", "save_every"}
 
