@@ -13,9 +13,9 @@ Conventions, the same in the code, the docstrings and the README
     u(x, r, t) the average velocity from r to t, what the network learns: x_r = x_t - (t - r) u
     dudt       du/dt, one Jacobian-vector product along (v, 0, 1) or along (u(x, t, t), 0, 1)
     lam        λ in [0, 1], the share of dudt's own gradient that is kept
-    jumps      samples with r < t; only they need du/dt
+    jumps      samples that may have r < t, or their number; only they need du/dt
 
-Use, with PyTorch 2.11 or newer
+Use, with PyTorch 2.11 or newer (older ones can lose gradients under autocast)
     model = UNet(channels=1, size=28)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for x0 in batches:                                     # (B, 1, 28, 28)
@@ -24,6 +24,9 @@ Use, with PyTorch 2.11 or newer
         loss.backward()
         optimizer.step()
     images = sample(model, torch.randn(64, 1, 28, 28))     # one network evaluation
+One-step samples are better if training draws times near 1, see `sample_times`, and if they are
+drawn with an average of the weights, as in `train`. For a training loop of your own you need
+nothing below "Training".
 """
 
 import math
@@ -50,8 +53,8 @@ def expand(t, x):
 def path(x0, x1, t):
     """Return x_t = (1 - t) x0 + t x1 and its velocity v = x1 - x0, both shaped like x0 (B, ...).
 
-    The Modular MeanFlow paper divides by t - r in its loss, which is right if x0 and x1 are the
-    states at r and t. For the ends of the whole path, as here, dx_t/dt is x1 - x0 itself.
+    For v, the loss in the Modular MeanFlow paper has (x1 - x0) / (t - r), which is right if x0 and
+    x1 are the states at r and t. For the ends of the path, as here, dx_t/dt is x1 - x0 itself.
     """
     t = expand(t, x0)
     return (1 - t) * x0 + t * x1, x1 - x0
@@ -64,7 +67,7 @@ def sample_times(n, jumps, *, t_logit=(-0.4, 1.0), r_logit=None, device=None, dt
     jumps    how many may have r < t, from 0 to n; they come first, the others have r = t
     t_logit  mean and standard deviation of the normal draws of logit(t)
     r_logit  the same for r, which is then clipped to t, so that a few of the first have r = t, too;
-             None: r and t are two draws of t_logit, sorted
+             None: t is the larger and r the smaller of two draws of t_logit
     The defaults, MeanFlow's for ImageNet, hardly reach t = 1, where one-step sampling starts:
     train_mnist.py takes t_logit=(0, 1.6), r_logit=(-4, 1.6) and half of the pairs as jumps.
     Raises ValueError for values outside these ranges.
@@ -78,7 +81,7 @@ def sample_times(n, jumps, *, t_logit=(-0.4, 1.0), r_logit=None, device=None, dt
         mean + std * torch.randn(n, device=device, dtype=dtype)
     )
     t = logit_normal(*t_logit)
-    if r_logit is None:  # sorted before r = t is set, so that t is the later draw there, too
+    if r_logit is None:  # sorted first, so that pairs with r = t get the larger draw, too
         other = logit_normal(*t_logit)
         r, t = torch.minimum(t, other), torch.maximum(t, other)
     else:
@@ -94,7 +97,7 @@ def number_of_jumps(n, jump_share):
         raise ValueError(f"jump_share must be in [0, 1], got {describe(jump_share)}")
     jumps = round(jump_share * n)
     if jumps in (0, n) and 0 < jump_share < 1:
-        jumps = int(jump_share * n + torch.rand((), device="cpu"))  # on a GPU, int() would wait
+        jumps = int(jump_share * n + torch.rand((), device="cpu"))  # int() of a GPU's would wait
     return jumps
 
 
@@ -163,9 +166,9 @@ def marginal_velocity(model, x_t, t, y=None):
 def guided_velocity(model, x_t, t, v, y, guidance):
     """Return ω v + (1 - ω) u(x_t, t, t) for samples with a label y >= 0, and v for those without.
 
-    This is MeanFlow's guidance, which needs no second evaluation when sampling. u is evaluated
-    without labels, but trained on samples with y < 0, so the model must treat a negative label like
-    a missing one.
+    This is MeanFlow's guidance in its basic form, which needs no second evaluation when sampling. u
+    is evaluated without labels, but trained on samples with y < 0, so the model must treat a
+    negative label like a missing one.
     """
     guided = guidance * v + (1 - guidance) * marginal_velocity(model, x_t, t)
     return torch.where(expand(y >= 0, v), guided, v)
@@ -174,7 +177,8 @@ def guided_velocity(model, x_t, t, v, y, guidance):
 def total_derivative(model, x_t, r, t, v, y=None, *, gradients=True):
     """Return u(x_t, r, t) and du/dt = ∂u/∂x · v + ∂u/∂t, both shaped like x_t (B, ...).
 
-    One forward-mode pass along (v, 0, 1), so dropout masks are shared by value and derivative.
+    One forward-mode pass along (v, 0, 1), so dropout masks are shared by value and derivative. v is
+    the velocity of x_t, that of the sample or the marginal one.
     gradients=False returns du/dt as a constant, of which no graph is kept.
     Raises RuntimeError in inference mode.
     """
@@ -211,14 +215,15 @@ def meanflow_loss(
               samples lose their variety, or "marginal", u(x_t, t, t), as in improved MeanFlow
               (arXiv 2512.02012). With the latter, for p = 0, the true u is a stationary point for
               every λ. It takes one more forward pass of the jumps, with a dropout mask of its own
-    guidance  ω; unless it is 1, `guided_velocity` takes the place of v, at one more forward pass,
-              which calls the model without labels. Needs labels y (B,), about a tenth of them -1,
-              which the model must treat like a missing y
-    p, c      power >= 0 and offset > 0 of the adaptive weight; p = 0 is the plain squared error,
-              0.75 is MeanFlow's for CIFAR-10. A larger p shifts the solution from the mean towards
-              the mode
+    guidance  ω; unless it is 1, `guided_velocity` takes the place of v, as target and as
+              conditional tangent, at one more forward pass, which calls the model without labels.
+              Needs labels y (B,), about a tenth of them -1, which the model must treat like a
+              missing y
+    p, c      power >= 0 and offset > 0 of the adaptive weight; p = 0 is the plain squared error, a
+              larger p shifts the solution from the mean towards the mode
+    The default times are MeanFlow's for ImageNet, and p is its for CIFAR-10.
     Returns the scalar loss and, for a log, the detached mean of e² in each sample, (B,).
-    Raises ValueError naming the argument.
+    Raises ValueError naming the argument; values on a GPU are not read, so they are not checked.
     """
     check_arguments(x0, y, lam, tangent, guidance, p, c)
     x1 = torch.randn_like(x0) if x1 is None else alike("x1", x1, x0)
@@ -286,7 +291,7 @@ def sample(model, x1, *, steps=1, y=None, times=None):
     x1     noise (B, ...) ~ N(0, I), which sets device and dtype
     steps  number of network evaluations, at least 1, on an even grid from t = 1 to 0
     y      labels (B, ...) for a model that takes them
-    times  in the place of `steps`, the grid itself: decreasing numbers from 1 to 0
+    times  instead of `steps`, the grid itself: decreasing numbers from 1 to 0
     Raises ValueError naming the argument.
     """
     if not (torch.is_tensor(x1) and x1.is_floating_point() and x1.ndim > 1):
@@ -388,11 +393,11 @@ def without_autocast(function, args, kwargs):
 def unpacked(z):
     """Return a tensor without its tangent, and the tangent; of anything else itself, and None."""
     primal, tangent = forward_ad.unpack_dual(z) if torch.is_tensor(z) else (z, None)
-    return (z if tangent is None else primal), tangent
+    return (z if tangent is None else primal), tangent  # z: autocast would not cache primal, a view
 
 
-# A rule takes x, its tangent dx and the function's further arguments, and returns the tangent of y.
-# Weights have a tangent, too, if the network computes them from x or t.
+# A rule takes x without its tangent, the tangent dx and the function's further arguments, and
+# returns the tangent of y. Weights that the network computes from x or t come with their tangents.
 
 
 def linear_rule(function, x, dx, weight, bias=None, *args, **kwargs):
@@ -736,7 +741,7 @@ MUON_RATE = 2.5  # learning rate of Muon as a multiple of Adam's
 LABEL_DROPOUT = 0.1  # share of labels that guidance takes away
 # steps in a row without a finite gradient, after which training ends at the next row of the log
 PATIENCE = 20
-# settings that may change on --resume
+# settings that may change on --resume, besides the steps
 MAY_CHANGE = {"data", "out", "device", "compile", "resume", "log_every", "save_every"}
 
 

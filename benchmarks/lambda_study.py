@@ -7,13 +7,14 @@ samples, the gradient's mean norm, seconds of one core), and writes assets/lambd
 noise through the networks of the first seed, a row for each λ, conditional on the left, marginal on
 the right.
 
-    python benchmarks/lambda_study.py                      # 50 minutes on two cores
+    python benchmarks/lambda_study.py                      # an hour on two cores
     python benchmarks/lambda_study.py --only gaussian      # a minute
 
 The network is half as wide as that of train_mnist.py, with one block a level and self-attention in
 the lowest, and Adam trains it.
-A finished run in --out is not repeated, so an interrupted study goes on with the same command. Of
-the runs that were interrupted it counts the last seconds only: remove their folders to time them.
+A finished run in --out is not repeated, so an interrupted study goes on with the same command, and
+after a change of the code --out must be removed. Of the runs that were interrupted it counts the
+last seconds only: remove their folders to time them.
 """
 
 import argparse
@@ -53,7 +54,7 @@ TANGENTS = "conditional", "marginal"
 NETWORK = {"patch": 2, "width": 16, "multipliers": (1, 2)}
 RECIPE = train_mnist.RECIPE | {"optimizer": "adam", "ema": 0.99, "device": "cpu"}
 RECIPE |= {"log_every": 10, "save_every": 10**6}
-MEASURES = {  # of a table: the name among the results, the form of their mean and range
+COLUMNS = {  # of a table: the name among the results, the form of their mean and range
     "distance": ("distance", "{:.1f} ({:.1f} to {:.1f})"),
     "recall": ("recall", "{:.2f} ({:.2f} to {:.2f})"),
     "gradient norm": ("grad_norm", "{:.0f} ({:.0f} to {:.0f})"),
@@ -67,7 +68,6 @@ def gaussian(lam, tangent, *, steps=3000, batch=1024):
     """Return the standard deviation of one-step samples for data ~ N(0.7, 0.5²), after training
     u(x, r, t) = a(r, t) x + b(r, t), a family that holds the true u, with λ from the start."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     net = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2))
     optimizer = torch.optim.Adam(net.parameters(), 3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -111,22 +111,22 @@ def drawn_evenly(labels, count, seed):
 
 
 def memorised(samples, train, test):
-    """Return the share of samples that are nearer to a training image than to any of as many test
-    images: about a half if nothing is memorised, but these are not drawn as the training images."""
+    """Return the share of samples whose nearest training image is nearer than the nearest of as
+    many test images: about a half if nothing is memorised, though the two are not drawn alike."""
     count = min(len(train), len(test))
     nearest = lambda images: torch.cdist(samples.flatten(1), images[:count].flatten(1)).amin(1)
     return (nearest(train) < nearest(test)).float().mean().item()
 
 
 @functools.cache  # once in each process, for all that it trains
-def quality_of(data, out):
-    return quality.Quality(data, out)
+def quality_of(data, cache):
+    return quality.Quality(data, cache)
 
 
 def train(task):
     """Train one network on one thread and return its job and its measures. A training that does
     not end, since its gradients are not finite, has none."""
-    job, data, out = task
+    job, data, out, cache = task
     run = job.folder(out)
     result = run / "quality.json"
     if result.exists():
@@ -152,23 +152,29 @@ def train(task):
     row["cpu"] = time.process_time() - start
     if row["ended"]:
         samples, classes = meanflow.draw(model, SAMPLES), torch.arange(SAMPLES) % 10
-        measured = quality_of(data, out)
+        measured = quality_of(data, cache)
         row |= zip(quality.MEASURES, measured.measure(samples, classes), strict=True)
         row["memorised"] = memorised(samples, quality.as_float(images[:, 0]), measured.test)
         save_image(make_grid(samples[:30] / 2 + 0.5, 10, 0), run / "grid.png")
         with open(run / "log.csv") as file:
-            norms = [float(line["grad_norm"]) for line in csv.DictReader(file)]
+            log = [(int(line["step"]), float(line["grad_norm"])) for line in csv.DictReader(file)]
+        norms = [norm for step, norm in log if step > 1]  # each the mean of as many steps
         row["grad_norm"] = sum(norms) / len(norms)
-        row["largest norm"] = max(norms[len(norms) // 2 :])  # once λ has risen, or fallen
+        half = job.steps // 2 + RECIPE["log_every"]  # rows from here on have no step of the change
+        row["largest norm"] = max(norm for step, norm in log if step >= half)
     result.write_text(json.dumps(row))
     return job, row
 
 
 def train_all(jobs, args):
     """Return the measures of each job; `args.jobs` processes train at once."""
-    quality_of(args.data, args.out)  # trains the classifiers, if there are none
+    quality_of(args.data, args.cache)  # trains the classifiers, if there are none
+    tasks, results = [(job, args.data, args.out, args.cache) for job in jobs], {}
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
-        return dict(pool.map(train, [(job, args.data, args.out) for job in jobs]))
+        for job, row in pool.map(train, tasks):
+            results[job] = row
+            print(f"{len(results)} of {len(tasks)} trainings done", file=sys.stderr, flush=True)
+    return results
 
 
 def mean_and_range(values):
@@ -184,7 +190,7 @@ def cell(runs, name, form):
 def table(title, jobs, results):
     """Print a row for each λ, a column for each measure and tangent: mean (range of the seeds)."""
     tangents = [*dict.fromkeys(job.tangent for job in jobs)]
-    columns = [(measure, tangent) for measure in MEASURES for tangent in tangents]
+    columns = [(measure, tangent) for measure in COLUMNS for tangent in tangents]
     print(f"\n**{title}**\n")
     print("| λ |", " | ".join(f"{measure}, {tangent}" for measure, tangent in columns), "|")
     print("|---" * (1 + len(columns)) + "|")
@@ -192,7 +198,7 @@ def table(title, jobs, results):
         row = []
         for measure, tangent in columns:
             alike = [job for job in jobs if (job.schedule, job.tangent) == (schedule, tangent)]
-            row.append(cell([results[job] for job in alike], *MEASURES[measure]))
+            row.append(cell([results[job] for job in alike], *COLUMNS[measure]))
         print(f"| {schedule} |", " | ".join(row), "|", flush=True)
 
 
@@ -212,15 +218,16 @@ def mnist(args):
     save_image(make_grid(grids / 255, 2, 16, pad_value=1), ASSETS / "lambda.png")
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=["gaussian", "mnist"])
     parser.add_argument("--data", default="data", help="folder of MNIST")
     parser.add_argument("--out", default="runs/lambda", help="folder for the runs")
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--cache", default="runs/quality", help="folder of the classifiers")
+    parser.add_argument("--steps", type=int, default=800, help="of each training")
+    parser.add_argument("--seeds", type=int, default=2, help="trainings of each kind")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at once, a core each")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.only != "mnist":
         print("| λ | conditional | marginal |\n|---|---|---|\n| exact | 0.500 | 0.500 |")
         for lam in 0.0, 0.25, 1.0:
@@ -231,4 +238,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    meanflow.run(main)

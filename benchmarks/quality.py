@@ -8,7 +8,7 @@ On 10,000 samples and the 10,000 test images: the Fréchet distance between thei
 classifier (their scales differ); by the first one precision and recall (Kynkäänniemi et al. 2019,
 arXiv:1904.06991), the share of samples within the test images' neighbourhoods (3 nearest) and the
 reverse, and for a class-conditional model the share of samples in which it sees the label asked
-for. The last row is the floor: training images in the place of samples.
+for. The last row is the floor: training images instead of samples.
 
     python benchmarks/quality.py runs/mnist/checkpoint.pt
 """

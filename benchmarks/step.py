@@ -2,12 +2,12 @@
 
 Forward, backward and Adam on random images. All ways take turns in one process; the table has the
 median of the rounds, their quartiles, the ratio that counting gives and how far the measured one is
-above it: a backward pass costs two forward passes, a tangent one more, so flow matching is 3, λ = 0
-is 3 + q and λ > 0 is 3 + 3 q with a share q of samples at r < t. Memory is the peak of what a step
-allocates, as a ratio, too. "without the rules" leaves every derivative to PyTorch, which works
-in float32 and without --compile only.
+above it. A backward pass counts as two forward passes, a tangent as one. So flow matching is 3,
+λ = 0 is 3 + q and λ > 0 is 3 + 3 q with a share q of samples at r < t; the marginal tangent adds q.
+Memory is the peak of what a step allocates, as a ratio, too. "without the rules" leaves every
+derivative to PyTorch, which works in float32 and without --compile only.
 
-    python benchmarks/step.py                      # bf16 on CUDA if it is there; else minutes
+    python benchmarks/step.py                      # bf16 on a GPU; float32 on a CPU, in minutes
     python benchmarks/step.py --compile            # the loss compiled: minutes a row
     python benchmarks/step.py --network cifar      # the default network of train_cifar.py
     python benchmarks/step.py --network diffusers  # a UNet2DModel; needs `pip install diffusers`
@@ -18,6 +18,7 @@ import argparse
 import statistics
 import sys
 import time
+from functools import partial
 from itertools import product
 from pathlib import Path
 from unittest.mock import patch
@@ -111,9 +112,12 @@ def ways(net, shares, compiled, amp):
     """Return {name: (objective, λ, theory)} of all that is compared, flow matching first."""
     ours = {q: meanflow.Objective(net, jump_share=q) for q in (0.0, *shares)}
     table = {"flow matching": (ours[0.0], 0.0, 1.0)}
-    counted = {(lam, q): 1 + q * (lam or 1 / 3) for lam, q in product((0.0, 1.0), shares)}
+    counted = {(0.0, q): 1 + q / 3 for q in shares} | {(1.0, q): 1 + q for q in shares}
     for (lam, q), theory in counted.items():
         table[f"λ = {lam:.0f}, q = {q}"] = ours[q], lam, theory
+    for q in shares:
+        marginal = meanflow.Objective(net, jump_share=q, tangent="marginal")
+        table[f"λ = 1, q = {q}, marginal tangent"] = marginal, 1.0, 1 + q * 4 / 3
     if compiled:  # group norm does not compile without its rule
         return table
     if amp:  # without the rules, tangents in float32 meet weights in bf16
@@ -176,6 +180,10 @@ def print_profile(name, work, device):
         print(f"| {getattr(row, spent) / total:.0%} | {row.count} | {row.key} |")
 
 
+def rate(per_second):
+    return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
+
+
 def compare(network, batch, shares, rounds, device, compiled, amp, profile):
     torch.manual_seed(0)
     net, shape = build(network)
@@ -187,7 +195,7 @@ def compare(network, batch, shares, rounds, device, compiled, amp, profile):
         if compiled:
             objective.compile(dynamic=False)
             lam = lam and torch.tensor(lam, device=device)
-        works[name] = lambda a=(objective, optimizer, x0, lam, amp): step(*a)
+        works[name] = partial(step, objective, optimizer, x0, lam, amp)
     memory, times = {}, {name: [] for name in works}
     for name, work in works.items():
         work()
@@ -197,17 +205,18 @@ def compare(network, batch, shares, rounds, device, compiled, amp, profile):
             times[name].append(seconds(work, device))
     base, base_memory = statistics.median(times["flow matching"]), memory["flow matching"]
     how = f"{'compiled' if compiled else 'eager'}, {'bf16' if amp else 'float32'}"
-    print(f"\n**{network}**, batch {batch}, {how}, {rounds} rounds\n")
+    gigabytes = f"flow matching takes {base_memory / 2**30:.2g} GiB"
+    print(f"\n**{network}**, batch {batch}, {how}, {rounds} rounds; {gigabytes}\n")
     print("| | by counting | measured | above it | quartiles | memory | images/s |")
     print("|---|---|---|---|---|---|---|")
     for name, (*_, theory) in table.items():
         low, middle, high = (q / base for q in statistics.quantiles(times[name], n=4))
-        row = (f"{theory:.2f}", f"{middle:.2f}", f"{middle / theory - 1:.0%}") if theory else (
-            "", f"{middle:.2f}", "")  # fmt: skip
-        row += (f"{low:.2f} to {high:.2f}",)
-        row += f"{memory[name] / base_memory:.2f}", f"{batch / base / middle:.3g}"
+        counted = f"{theory:.2f}" if theory else ""
+        above = f"{middle / theory - 1:.0%}" if theory else ""
+        row = counted, f"{middle:.2f}", above, f"{low:.2f} to {high:.2f}"
+        row += f"{memory[name] / base_memory:.2f}", rate(batch / base / middle)
         print("|", name, "|", " | ".join(row), "|", flush=True)
-    for name in [*works][: 1 + 2 * len(shares)] if profile else ():
+    for name in [*works][: 1 + 3 * len(shares)] if profile else ():
         print_profile(name, works[name], device)
 
 
@@ -220,7 +229,7 @@ def sampling(network, device, sizes):
         work = lambda x1=x1: meanflow.sample(net, x1)
         work()
         fastest = min(seconds(work, device) for _ in range(3))
-        print(f"| {size} | {size / fastest:.3g} |", flush=True)
+        print(f"| {size} | {rate(size / fastest)} |", flush=True)
         if fastest > 10:  # seconds; larger batches take minutes
             break
 
@@ -231,9 +240,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--network", choices=NETWORKS, default="cifar" if cuda else "mnist")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=30 if cuda else 15)
+    parser.add_argument("--rounds", type=int, default=30 if cuda else 15, help="at least 2")
     parser.add_argument("--compile", action=switch, default=False, help="compile the loss")
-    parser.add_argument("--amp", action=switch, default=cuda, help="bf16 in the place of float32")
+    parser.add_argument("--amp", action=switch, default=cuda, help="bf16 instead of float32")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0],
                         help="shares q of samples at r < t")  # fmt: skip
     parser.add_argument("--profile", action="store_true", help="print the costliest operations")
