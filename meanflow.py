@@ -782,7 +782,7 @@ def train(model, images, labels, args, *, flip=False):
         objective = prepared_objective(model, args, device, world)
         jumps = number_of_jumps(args.batch_size // world, args.jump_share)  # of every batch
         if args.compile and rank == 0:
-            print("compiling: the first step can take minutes", flush=True)
+            show("compiling: the first step can take minutes")
         recent, mark = [], time.perf_counter()
         skipped = torch.zeros((), device=device)  # steps in a row, up to now, without an update
         for done in range(state["step"], args.steps):
@@ -811,15 +811,18 @@ def train(model, images, labels, args, *, flip=False):
             state["seconds"] += seconds
             report(state, measured, lam, seconds / len(measured), args, rank)
             if skipped >= PATIENCE:
+                if rank == 0:
+                    write_log(state["log"], out)
                 message = f"no finite gradient in {skipped:.0f} steps to {step}: a lower --lr?"
                 raise UserError(message)
             if rank == 0 and saves:
                 save_checkpoint(out, parts, args, state)
-                save_images(draw(average, 80, seed=args.seed), out / f"step-{step:06}.png")
             if rank == 0:
-                write_log(state["log"], out)  # last, as a log without a checkpoint is refused
+                write_log(state["log"], out)  # second, as a log without a checkpoint is refused
+            if rank == 0 and saves:
+                save_images(draw(average, 80, seed=args.seed), out / f"step-{step:06}.png")
             if signalled and step < args.steps:
-                print(f"\nstopped after step {step}; the same command with --resume goes on")
+                show(f"\nstopped after step {step}; the same command with --resume goes on")
                 raise SystemExit(128 + signalled)
             recent, mark = [], time.perf_counter()  # saving is no part of the pace
         if rank == 0:
@@ -951,7 +954,15 @@ def report(state, measured, lam, pace, args, rank):
         if step > 1:  # the first step is slower, above all if it compiles
             line += f"  {args.batch_size / pace:.0f} images/s  {left // 60}:{left % 60:02} left "
         terminal = sys.stdout is not None and sys.stdout.isatty()
-        print(line, end="\033[K\r" if terminal and left else "\n", flush=True)
+        show(line, end="\033[K\r" if terminal and left else "\n")
+
+
+def show(line, end="\n"):
+    """Print a line. If nobody reads any more, as after Ctrl-C in `train_mnist.py | tee`, go on."""
+    try:
+        print(line, end=end, flush=True)
+    except OSError:
+        sys.stdout = None  # where print writes nothing
 
 
 def write_log(rows, out):
@@ -987,7 +998,8 @@ def noted_signals(world):
 
     def note(kind, frame):
         noted.append(kind)
-        signal.signal(kind, usual[kind])  # so that a second one ends the process at once
+        for each, handler in usual.items():  # so that a second one of either ends it at once
+            signal.signal(each, handler)
 
     for kind in kinds:
         signal.signal(kind, note)
@@ -1065,7 +1077,7 @@ def reading(file):
     """Name the file in whatever goes wrong while its content is taken for a checkpoint."""
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # other files and damaged ones can make torch.load raise anything
         reason = getattr(error, "strerror", None) or "damaged, or another kind of file"
@@ -1293,8 +1305,8 @@ def main(argv=None):
     model = load_model(args.checkpoint).to(args.device)
     if args.label is not None and args.label >= model.classes:
         raise UserError(f"--label {args.label}: the model has {model.classes} classes")
-    images = draw(model, args.num, steps=args.steps, seed=args.seed, label=args.label)
     (out.parent if grid else out).mkdir(parents=True, exist_ok=True)
+    images = draw(model, args.num, steps=args.steps, seed=args.seed, label=args.label)
     for i, picture in enumerate([images] if grid else images):
         save_images(picture, out if grid else out / f"{i:06}.png")
 

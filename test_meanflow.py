@@ -1371,14 +1371,33 @@ def test_a_signal_saves_first(training, tmp_path, monkeypatch, number, status, o
     assert seconds == sorted(seconds)
 
 
-def test_a_second_signal_ends_at_once(training, tmp_path, monkeypatch):
-    at_step(7, monkeypatch, lambda x0: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_at_once(training, tmp_path, monkeypatch, first):
+    signals = first, signal.SIGINT
+    at_step(7, monkeypatch, lambda x0: [signal.raise_signal(number) for number in signals])
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
     try:
         assert training(*STEPS)[0] == 130
     finally:
         signal.signal(signal.SIGINT, before)
     assert torch.load(tmp_path / "run" / "checkpoint.pt")["step"] < 7
+
+
+class ClosedPipe:
+    """What stdout is when the program that read it has ended."""
+
+    def write(self, text):
+        raise BrokenPipeError
+
+    def isatty(self):
+        return False
+
+
+def test_a_signal_saves_though_nobody_reads_the_output(training, tmp_path, monkeypatch):
+    at_step(7, monkeypatch, lambda x0: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(sys, "stdout", ClosedPipe())  # as Ctrl-C ends `| tee`, too
+    assert training(*STEPS) == (130, "")
+    assert meanflow.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 7
 
 
 def at_step(steps, monkeypatch, change):
@@ -1459,7 +1478,7 @@ def test_lasting_nans_end_training_with_a_good_checkpoint(training, tmp_path, mo
     at_step(range(4, 99), monkeypatch, lambda x0: x0.fill_(math.nan))
     error = one_line(training("--steps", 60, "--log-every", 10, "--save-every", 5))
     assert "in 22 steps to 25" in error
-    assert [int(row["skipped"]) for row in log(tmp_path / "run")] == [0, 2, 5, 5, 5]
+    assert [int(row["skipped"]) for row in log(tmp_path / "run")] == [0, 2, 5, 5, 5, 5]
     assert all(value.isfinite().all() for value in weights(tmp_path / "run"))
 
 

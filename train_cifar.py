@@ -5,12 +5,13 @@ from torchvision.datasets import CIFAR10
 
 from meanflow import UNet, load_dataset, run, train, train_parser
 
-RECIPE = {  # beside it, what the authors of MeanFlow published with their code for 8 GPUs;
-    # besides, gradients are clipped at 20 here, and bf16 is the default (--amp off for float32)
+RECIPE = {  # beside it, what the authors of MeanFlow published with their code for 8 GPUs, which
+    # also augments images as EDM does. Here they are only mirrored; besides, gradients are clipped
+    # at 20, and bf16 is the default where a GPU has it (--amp off for float32)
     "out": "runs/cifar",
     "steps": 400_000,  # 800,000
     "batch_size": 256,  # 1024
-    "lr": 3e-4,  # 6e-4; halved, as the square root of the batch size. Warm-up: a 50th; 10,000 steps
+    "lr": 3e-4,  # 6e-4; halved, as the square root of the batch size. Warm-up 8,000 steps; 10,000
     "ema": 0.9999,
     "jump_share": 0.75,
     "t_logit": [-0.6, 1.6],  # in arXiv:2505.13447 r and t are two sorted draws of -2, 2
