@@ -26,7 +26,7 @@ Use, with PyTorch 2.11 or newer (older ones can lose gradients under autocast)
     images = sample(model, torch.randn(64, 1, 28, 28))     # one network evaluation
 One-step samples are better if training draws times near 1, see `sample_times`, and if they are
 drawn with an average of the weights, as in `train`. For a training loop of your own you need
-nothing below "Training".
+nothing below "Training" but, if you like, `load_model` and `save_images`.
 """
 
 import math
@@ -209,8 +209,8 @@ def meanflow_loss(
     x1        noise, shaped like x0; if not given, drawn from N(0, I)
     r, t      times (B,), 0 <= r <= t <= 1; if not given, drawn by `sample_times` with t_logit,
               r_logit and jump_share, the share of the batch, in [0, 1], that jumps. The first
-              samples jump, so shuffle the batch. If it is too small for samples of both kinds, the
-              number of jumps is drawn, so that the share is right on average
+              samples jump, so shuffle the batch. Their number is rounded; where that would leave
+              only one kind of sample, it is drawn, so that the share is right on average
     tangent   direction of du/dt: "conditional", the paper's v, with which λ > 0 made one-step
               samples lose their variety, or "marginal", u(x_t, t, t), as in improved MeanFlow
               (arXiv 2512.02012). With the latter, for p = 0, the true u is a stationary point for
@@ -221,9 +221,10 @@ def meanflow_loss(
               missing y
     p, c      power >= 0 and offset > 0 of the adaptive weight; p = 0 is the plain squared error, a
               larger p shifts the solution from the mean towards the mode
-    The default times are MeanFlow's for ImageNet, and p is its for CIFAR-10.
+    The default times are those of MeanFlow for ImageNet; the default p is the one for CIFAR-10.
     Returns the scalar loss and, for a log, the detached mean of e² in each sample, (B,).
-    Raises ValueError naming the argument; values on a GPU are not read, so they are not checked.
+    Raises ValueError naming the argument; values of tensors on a GPU, or under torch.compile, are
+    not read, so they are not checked.
     """
     check_arguments(x0, y, lam, tangent, guidance, p, c)
     x1 = torch.randn_like(x0) if x1 is None else alike("x1", x1, x0)
@@ -393,7 +394,8 @@ def without_autocast(function, args, kwargs):
 def unpacked(z):
     """Return a tensor without its tangent, and the tangent; of anything else itself, and None."""
     primal, tangent = forward_ad.unpack_dual(z) if torch.is_tensor(z) else (z, None)
-    return (z if tangent is None else primal), tangent  # z: autocast would not cache primal, a view
+    # z itself, as autocast caches the casts of weights, but not of a view such as primal
+    return (z if tangent is None else primal), tangent
 
 
 # A rule takes x without its tangent, the tangent dx and the function's further arguments, and
@@ -958,7 +960,7 @@ def report(state, measured, lam, pace, args, rank):
 
 
 def show(line, end="\n"):
-    """Print a line. If nobody reads any more, as after Ctrl-C in `train_mnist.py | tee`, go on."""
+    """Print a line. If that fails, as after Ctrl-C in `train_mnist.py | tee`, fall silent."""
     try:
         print(line, end=end, flush=True)
     except OSError:
@@ -1077,9 +1079,11 @@ def reading(file):
     """Name the file in whatever goes wrong while its content is taken for a checkpoint."""
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
+    except UserError:
         raise
     except Exception as error:  # other files and damaged ones can make torch.load raise anything
+        if is_lack_of_memory(error):
+            raise
         reason = getattr(error, "strerror", None) or "damaged, or another kind of file"
         raise UserError(f"cannot read a checkpoint from {file}: {reason}") from error
 
@@ -1171,11 +1175,16 @@ def run(main, argv=None):
     except (UserError, OSError, ImportError) as error:
         Parser(None).error(str(error))
     except RuntimeError as error:
-        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+        if not is_lack_of_memory(error):
             raise
         Parser(None).error(str(error))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def is_lack_of_memory(error):
+    """Whether the error is PyTorch's for too little memory, of a GPU or of the CPU."""
+    return any(words in str(error) for words in ("out of memory", "can't allocate memory"))
 
 
 def number(kind, low, high):
@@ -1229,8 +1238,8 @@ def train_parser(description, **defaults):
     tangents = "conditional", "marginal", "mixed"
     flag("--tangent", choices=tangents, default="mixed", help="direction of du/dt; mixed: marginal "
          "while lambda is, or will be, above 0, otherwise conditional")  # fmt: skip
-    flag("--jump-share", type=SHARE, default=0.25, help="share of samples with r < t; at 0 and 1 "
-         "one of the two errors is nan")  # fmt: skip
+    flag("--jump-share", type=SHARE, default=0.25, help="share of samples that jump, with r < t; "
+         "at 0 and 1 one of the two errors is nan")  # fmt: skip
     flag("--t-logit", **normal, default=[-0.4, 1.0], help="normal draws of logit(t)")
     flag("--r-logit", **normal, help="of logit(r), clipped to t; without it sorted draws of t")
     flag("--class-cond", action=switch, default=False, help="condition on the labels")

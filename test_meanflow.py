@@ -1,5 +1,6 @@
 """What meanflow.py claims, claim by claim; exact claims in float64."""
 
+import contextlib
 import copy
 import csv
 import functools
@@ -1395,8 +1396,8 @@ class ClosedPipe:
 
 def test_a_signal_saves_though_nobody_reads_the_output(training, tmp_path, monkeypatch):
     at_step(7, monkeypatch, lambda x0: os.kill(os.getpid(), signal.SIGINT))
-    monkeypatch.setattr(sys, "stdout", ClosedPipe())  # as Ctrl-C ends `| tee`, too
-    assert training(*STEPS) == (130, "")
+    with contextlib.redirect_stdout(ClosedPipe()):  # as Ctrl-C ends `| tee`, too
+        assert training(*STEPS) == (130, "")
     assert meanflow.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 7
 
 
@@ -1565,6 +1566,15 @@ NO_CHECKPOINTS = {
     "no weights": lambda file: change(file, ema={}, model={}),
     "odd network": lambda file: change(file, unet={"channels": "one", "size": None}),
 }
+
+
+def test_lack_of_memory_is_no_damage(trained, call, monkeypatch):
+    def load(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "load", load)
+    error = one_line(call(meanflow.main, trained / "run" / "checkpoint.pt"))
+    assert "out of memory" in error and "damaged" not in error
 
 
 @pytest.mark.parametrize("damage", NO_CHECKPOINTS)

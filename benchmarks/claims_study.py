@@ -40,7 +40,7 @@ IMAGES, RATES, TICKS = (600, 6_000, 60_000), (1, 3, 10), (1, 2, 5, 10, 20, 50)
 
 def table(title, rows, measures, groups):
     """Print a row for each of `rows` and curriculum; groups: {(curriculum, row): runs}."""
-    print(f"\n| {title} | λ |", " | ".join(measures), "| trainings that ended |")
+    print(f"\n| {title} | λ |", " | ".join(measures), "| trainings that finished |")
     print("|---" * (3 + len(measures)) + "|")
     for value, (curriculum, (name, *_)) in product(rows, CURRICULA.items()):
         runs = groups[curriculum, value]

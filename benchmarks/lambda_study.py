@@ -12,9 +12,9 @@ the right.
 
 The network is half as wide as that of train_mnist.py, with one block a level and self-attention in
 the lowest, and Adam trains it.
-A finished run in --out is not repeated, so an interrupted study goes on with the same command, and
-after a change of the code --out must be removed. Of the runs that were interrupted it counts the
-last seconds only: remove their folders to time them.
+A finished run in --out is not repeated, so an interrupted study goes on with the same command. So
+after you change the code, delete that folder first. Of the runs that were interrupted it counts the
+last seconds only: delete their folders to time them.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import contextlib
 import csv
 import functools
 import json
+import math
 import os
 import sys
 import time
@@ -158,10 +159,10 @@ def train(task):
         save_image(make_grid(samples[:30] / 2 + 0.5, 10, 0), run / "grid.png")
         with open(run / "log.csv") as file:
             log = [(int(line["step"]), float(line["grad_norm"])) for line in csv.DictReader(file)]
-        norms = [norm for step, norm in log if step > 1]  # each the mean of as many steps
+        norms = [norm for step, norm in log if step > 1]  # a row of one step would count as ten
         row["grad_norm"] = sum(norms) / len(norms)
         half = job.steps // 2 + RECIPE["log_every"]  # rows from here on have no step of the change
-        row["largest norm"] = max(norm for step, norm in log if step >= half)
+        row["largest norm"] = max((norm for step, norm in log if step >= half), default=math.nan)
     result.write_text(json.dumps(row))
     return job, row
 
