@@ -812,15 +812,14 @@ def train(model, images, labels, args, *, flip=False):
             seconds = time.perf_counter() - mark
             state["seconds"] += seconds
             report(state, measured, lam, seconds / len(measured), args, rank)
-            if skipped >= PATIENCE:
-                if rank == 0:
-                    write_log(state["log"], out)
-                message = f"no finite gradient in {skipped:.0f} steps to {step}: a lower --lr?"
-                raise UserError(message)
-            if rank == 0 and saves:
+            lost = skipped >= PATIENCE
+            if rank == 0 and saves and not lost:
                 save_checkpoint(out, parts, args, state)
             if rank == 0:
                 write_log(state["log"], out)  # second, as a log without a checkpoint is refused
+            if lost:
+                message = f"no finite gradient in {skipped:.0f} steps to {step}: a lower --lr?"
+                raise UserError(message)
             if rank == 0 and saves:
                 save_images(draw(average, 80, seed=args.seed), out / f"step-{step:06}.png")
             if signalled and step < args.steps:

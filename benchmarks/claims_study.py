@@ -6,7 +6,7 @@ meets λ = 0, a rising λ along the marginal tangent, and train_mnist.py's defau
 - Little data: the same steps on 600, 6,000 and 60,000 images. Distance and recall of 5,000 one-step
   samples against the test images, and the share of samples whose nearest training image is nearer
   than the nearest of as many test images (10,000 at most): about a half if nothing is memorised.
-- Stability: the learning rate of the recipe times 1, 3 and 10. How many trainings end, how large
+- Stability: the learning rate of the recipe times 1, 3 and 10. How many trainings finish, how large
   the gradient's norm gets in their second half, where the risen λ is 1 and the fallen one 0 (means
   of ten steps, before it is clipped at 20), and the distance.
 
