@@ -782,7 +782,6 @@ def train(model, images, labels, args, *, flip=False):
     with sole_user(out, rank), noted_signals(world) as signals:
         state = resume(out, parts, args, rank)
         objective = prepared_objective(model, args, device, world)
-        jumps = number_of_jumps(args.batch_size // world, args.jump_share)  # of every batch
         if args.compile and rank == 0:
             show("compiling: the first step can take minutes")
         recent, mark = [], time.perf_counter()
@@ -791,9 +790,10 @@ def train(model, images, labels, args, *, flip=False):
             # seeded by the step, so that there is no state of random numbers to save
             torch.manual_seed(hash((args.seed, done, rank)))
             x0, y = draw_batch(images, labels, args.batch_size // world, flip, args.guidance)
+            share = args.jump_share if done >= flow_steps(args) else 0.0
             lam, tangent = lambda_and_tangent(done, args)
             with torch.autocast(device.type, PRECISIONS[args.amp], enabled=args.amp != "off"):
-                loss, err = objective(x0, lam, y, tangent=tangent)
+                loss, err = objective(x0, lam, y, tangent=tangent, jump_share=share)
             norm = update(loss, model, adam, muon, scaler, learning_rate(done, args))
             skipped = torch.where(norm.isfinite(), 0, skipped + 1)
             if done == 0:  # the average starts from here, not from the initial weights
@@ -802,6 +802,7 @@ def train(model, images, labels, args, *, flip=False):
                 blend([*average.parameters()], [*model.parameters()], None)
             state["step"] = step = done + 1
 
+            jumps = number_of_jumps(len(x0), share)
             means = loss.detach(), err[jumps:].mean(), err[:jumps].mean(), norm
             recent.append(torch.stack(means))  # stays on the device, so nothing waits for it
             signalled = signals[0] if signals else None  # read once: it may come any time
@@ -834,7 +835,7 @@ def train(model, images, labels, args, *, flip=False):
 
 def prepared_objective(model, args, device, world):
     """Return the Objective of the model, compiled and distributed as the settings say."""
-    names = "jump_share", "t_logit", "r_logit", "guidance"
+    names = "t_logit", "r_logit", "guidance"
     objective = Objective(model, **{name: getattr(args, name) for name in names})
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # it would split the graph within the JVP
@@ -861,6 +862,11 @@ def draw_batch(images, labels, n, flip, guidance):
     return x0, y
 
 
+def flow_steps(args):
+    """Return for how many steps, at the start, training is flow matching: no sample jumps."""
+    return round(args.flow_first * args.steps)
+
+
 def lambda_and_tangent(step, args):
     """Return λ of a step, counted from 0, and the direction of du/dt.
 
@@ -869,7 +875,7 @@ def lambda_and_tangent(step, args):
     """
     curriculum = {"warmup": args.lambda_warmup, "maximum": args.lambda_max}
     schedule = lambda_schedule(args.lambda_schedule, **curriculum)
-    lam = schedule(step)
+    lam = schedule(max(0, step - flow_steps(args)))  # flow matching has no use for λ
     modulated = max(lam, schedule(args.steps)) > 0  # or will be, so that a rising λ needs one graph
     tangent = args.tangent
     if tangent == "mixed":  # λ > 0 along the conditional one costs variety, see the README
@@ -944,7 +950,7 @@ def report(state, measured, lam, pace, args, rank):
     pace      seconds a step took
     """
     step, finite = state["step"], measured[:, 3].isfinite()
-    loss, flow, jump, norm = measured[finite].mean(0).tolist()
+    loss, flow, jump, norm = measured[finite].nanmean(0).tolist()  # without jumps, jump is nan
     row = {"step": step, "loss": loss, "err_flow": flow, "err_jump": jump, "lambda": float(lam)}
     row |= {"grad_norm": norm, "skipped": int((~finite).sum())}
     row |= {"images_per_second": args.batch_size / pace, "seconds": state["seconds"]}
@@ -1039,7 +1045,8 @@ def resume(out, parts, args, rank):
         checkpoint, new = load_checkpoint(file), settings(parts["model"], args)
         with reading(file):
             was, now = checkpoint["unet"] | checkpoint["args"], new["unet"] | new["args"]
-            free = MAY_CHANGE if args.lr_decay else MAY_CHANGE | {"steps"}
+            extendable = not (args.lr_decay or args.flow_first)
+            free = MAY_CHANGE | {"steps"} if extendable else MAY_CHANGE
             for name in sorted(was.keys() - free):
                 if was[name] != now.get(name):
                     change = f"{name.replace('_', '-')} was {was[name]}, not {now.get(name)}"
@@ -1237,6 +1244,8 @@ def train_parser(description, **defaults):
     tangents = "conditional", "marginal", "mixed"
     flag("--tangent", choices=tangents, default="mixed", help="direction of du/dt; mixed: marginal "
          "while lambda is, or will be, above 0, otherwise conditional")  # fmt: skip
+    flag("--flow-first", type=SHARE, default=0.0, help="share of the steps, at the start, that "
+         "train flow matching: no sample jumps, and lambda waits")  # fmt: skip
     flag("--jump-share", type=SHARE, default=0.25, help="share of samples that jump, with r < t; "
          "at 0 and 1 one of the two errors is nan")  # fmt: skip
     flag("--t-logit", **normal, default=[-0.4, 1.0], help="normal draws of logit(t)")

@@ -979,7 +979,8 @@ def log(out):
 def test_training_writes_log_pictures_and_a_checkpoint(trained, tmp_path):
     rows = log(trained / "run")
     assert [int(row["step"]) for row in rows] == [1, 2, 4, 5]
-    assert [float(row["lambda"]) for row in rows] == [0.0, 0.5, 1.0, 1.0]
+    assert [float(row["lambda"]) for row in rows] == [0.0, 0.0, 1.0, 1.0]
+    assert rows[0].pop("err_jump") == "nan"  # flow matching comes first
     assert all(math.isfinite(float(value)) for row in rows for value in row.values())
     names = {file.name for file in (trained / "run").iterdir()} - {".lock"}
     assert names == {
@@ -1068,6 +1069,33 @@ def test_the_log_tells_the_errors_of_jumps_from_those_of_others(
     assert training("--steps", 1, "--jump-share", share)[0] == 0
     (row,) = log(tmp_path / "run")
     assert row[missing] == "nan" and math.isfinite(float(row[given]))
+
+
+def test_flow_matching_comes_first_and_lambda_waits(training, tmp_path, monkeypatch):
+    shares, loss = [], meanflow.meanflow_loss
+    recorded = lambda *args, **options: (
+        shares.append(options["jump_share"]) or loss(*args, **options)
+    )
+    monkeypatch.setattr(meanflow, "meanflow_loss", recorded)
+    flags = "--flow-first 0.5 --jump-share 0.75 --lambda-schedule linear --lambda-warmup 2"
+    every = "--log-every", 1, "--save-every", 3
+    assert training("--steps", 8, *flags.split(), *every)[0] == 0
+    assert shares == [0] * 4 + [0.75] * 4
+    rows = log(tmp_path / "run")
+    assert [float(row["lambda"]) for row in rows] == [0] * 5 + [0.5, 1, 1]
+    assert [row["err_jump"] == "nan" for row in rows] == [True] * 4 + [False] * 4
+    assert training("--steps", 8, *flags.split(), "--log-every", 3, out="coarse")[0] == 0
+    coarse = log(tmp_path / "coarse")  # its row of steps 4 to 6 has the mean of steps 5 and 6
+    mean = sum(float(rows[i]["err_jump"]) for i in (4, 5)) / 2
+    assert [row["step"] for row in coarse] == ["1", "3", "6", "8"]
+    assert float(coarse[2]["err_jump"]) == pytest.approx(mean, rel=1e-4)
+
+
+def test_a_training_that_begins_with_flow_matching_cannot_be_extended(training):
+    """Its beginning is a share of all steps."""
+    flags = "--no-lr-decay", "--lr-warmup", 1, "--flow-first"
+    assert training("--steps", 2, *flags, 0.5)[0] == 0
+    assert "steps was 2, not 4" in one_line(training("--steps", 4, *flags, 0.5, "--resume"))
 
 
 def test_the_sampler_draws_from_the_checkpoint(trained, call, tmp_path):
@@ -1435,7 +1463,8 @@ def test_a_folder_serves_one_training(training, tmp_path):
 
 
 def test_resume_without_a_training_starts_one_and_a_spoilt_log_is_written_again(training, tmp_path):
-    constant = "--no-lr-decay", "--lambda-schedule", "constant", "--log-every", 1, "--resume"
+    constant = "--no-lr-decay", "--flow-first", 0, "--lambda-schedule", "constant"
+    constant += "--log-every", 1, "--resume"
     assert training("--steps", 2, *constant)[0] == 0
     (tmp_path / "run" / "log.csv").write_bytes(b"step;loss\n\n\xff;1\n3")
     assert training("--steps", 4, *constant)[0] == 0  # a longer training goes on
@@ -1494,7 +1523,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
 
 def test_a_full_disk_leaves_the_last_checkpoint(training, tmp_path):
     resource = pytest.importorskip("resource")
-    flags = "--no-lr-decay", "--lambda-warmup", 1, "--lr-warmup", 1
+    flags = "--no-lr-decay", "--flow-first", 0, "--lr-warmup", 1
     assert training("--steps", 2, *flags)[0] == 0
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     usual = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -7,14 +7,14 @@ from meanflow import UNet, load_dataset, run, train, train_parser
 
 RECIPE = {
     "out": "runs/mnist",
-    "steps": 3_000,
+    "steps": 3_560,
     "batch_size": 64,
     "optimizer": "muon",
     "lr": 3e-3,
     "lr_decay": True,
     "beta2": 0.99,
     "ema": 0.995,
-    "lambda_schedule": "falling",
+    "flow_first": 0.25,
     "jump_share": 0.5,
     "t_logit": [0.0, 1.6],
     "r_logit": [-4.0, 1.6],

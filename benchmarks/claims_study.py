@@ -1,7 +1,7 @@
 """Two claims of the paper put to the test on MNIST: little data, and stability.
 
 The paper's abstract says that a rising λ trains stably, and well where data are scarce. Here it
-meets λ = 0, a rising λ along the marginal tangent, and train_mnist.py's default, a falling one.
+meets λ = 0, a rising λ along the marginal tangent, and a falling one.
 
 - Little data: the same steps on 600, 6,000 and 60,000 images. Distance and recall of 5,000 one-step
   samples against the test images, and the share of samples whose nearest training image is nearer
@@ -33,7 +33,7 @@ CURRICULA = {  # λ and tangent: (name, colour, line)
     ("0", "conditional"): ("λ = 0", "#2a7f9e", "-"),
     ("0 to 1, linear", "conditional"): ("rising, conditional (the paper's)", "#d1495b", "-"),
     ("0 to 1, linear", "marginal"): ("rising, marginal", "#edae49", "-"),
-    ("1 to 0, falling", "mixed"): ("falling, mixed (train_mnist.py)", "#3d7a3d", "--"),
+    ("1 to 0, falling", "mixed"): ("falling, mixed", "#3d7a3d", "--"),
 }
 IMAGES, RATES, TICKS = (600, 6_000, 60_000), (1, 3, 10), (1, 2, 5, 10, 20, 50)
 
