@@ -743,7 +743,7 @@ MUON_RATE = 2.5  # learning rate of Muon as a multiple of Adam's
 LABEL_DROPOUT = 0.1  # share of labels that guidance takes away
 # steps in a row without a finite gradient, after which training ends at the next row of the log
 PATIENCE = 20
-# settings that may change on --resume, besides the steps
+# settings that may change on --resume, besides the steps where nothing depends on their number
 MAY_CHANGE = {"data", "out", "device", "compile", "resume", "log_every", "save_every"}
 
 
@@ -957,7 +957,9 @@ def report(state, measured, lam, pace, args, rank):
     state["log"].append(row)
     if rank == 0:
         left = round((args.steps - step) * pace)
-        line = f"{step}/{args.steps}  err {flow:.4f} (r = t) {jump:.4f} (r < t)  lambda {lam:.2f}"
+        line = f"{step}/{args.steps}  err {flow:.4f} (r = t)"
+        if not math.isnan(jump):
+            line += f" {jump:.4f} (r < t)  lambda {lam:.2f}"
         if step > 1:  # the first step is slower, above all if it compiles
             line += f"  {args.batch_size / pace:.0f} images/s  {left // 60}:{left % 60:02} left "
         terminal = sys.stdout is not None and sys.stdout.isatty()
@@ -1044,7 +1046,9 @@ def resume(out, parts, args, rank):
     if args.resume and file.exists():
         checkpoint, new = load_checkpoint(file), settings(parts["model"], args)
         with reading(file):
-            was, now = checkpoint["unet"] | checkpoint["args"], new["unet"] | new["args"]
+            # older checkpoints know nothing of --flow-first
+            was = {"flow_first": 0.0} | checkpoint["unet"] | checkpoint["args"]
+            now = new["unet"] | new["args"]
             extendable = not (args.lr_decay or args.flow_first)
             free = MAY_CHANGE | {"steps"} if extendable else MAY_CHANGE
             for name in sorted(was.keys() - free):
@@ -1240,12 +1244,13 @@ def train_parser(description, **defaults):
     flag("--ema", type=DECAY, default=0.999, help="decay of the averaged weights, per step")
     flag("--lambda-schedule", choices=LAMBDA_SCHEDULES, help="curriculum; without it lambda is 0")
     flag("--lambda-max", type=SHARE, help="largest lambda; without it 1; 0 is lambda = 0")
-    flag("--lambda-warmup", type=COUNT, help="steps of the change; without it a quarter of all")
+    flag("--lambda-warmup", type=COUNT, help="steps of the change, after those of --flow-first; "
+         "without it a quarter of all")  # fmt: skip
     tangents = "conditional", "marginal", "mixed"
     flag("--tangent", choices=tangents, default="mixed", help="direction of du/dt; mixed: marginal "
          "while lambda is, or will be, above 0, otherwise conditional")  # fmt: skip
     flag("--flow-first", type=SHARE, default=0.0, help="share of the steps, at the start, that "
-         "train flow matching: no sample jumps, and lambda waits")  # fmt: skip
+         "train flow matching: no sample jumps, err_jump is nan, and lambda waits")  # fmt: skip
     flag("--jump-share", type=SHARE, default=0.25, help="share of samples that jump, with r < t; "
          "at 0 and 1 one of the two errors is nan")  # fmt: skip
     flag("--t-logit", **normal, default=[-0.4, 1.0], help="normal draws of logit(t)")
@@ -1292,9 +1297,11 @@ def completed(args, world):
         args.lambda_warmup = 1  # unused; the same for --resume, whatever the number of steps
     args.lambda_warmup = args.lambda_warmup or max(1, args.steps // 4)
     args.lr_warmup = args.lr_warmup or max(1, args.steps // 50)
-    for flag, warmup in ("--lambda-warmup", args.lambda_warmup), ("--lr-warmup", args.lr_warmup):
-        if warmup > args.steps:
-            raise UserError(f"{flag} {warmup} is beyond --steps {args.steps}")
+    if args.lr_warmup > args.steps:
+        raise UserError(f"--lr-warmup {args.lr_warmup} is beyond --steps {args.steps}")
+    left = args.steps - flow_steps(args)
+    if args.lambda_schedule != "constant" and args.lambda_warmup > left:
+        raise UserError(f"--lambda-warmup {args.lambda_warmup}: only {left} steps are left for it")
     for flag, pair in ("--t-logit", args.t_logit), ("--r-logit", args.r_logit):
         if pair is not None and pair[1] < 0:
             raise UserError(f"{flag} {pair[0]} {pair[1]}: the standard deviation is below 0")

@@ -1098,6 +1098,16 @@ def test_a_training_that_begins_with_flow_matching_cannot_be_extended(training):
     assert "steps was 2, not 4" in one_line(training("--steps", 4, *flags, 0.5, "--resume"))
 
 
+def test_an_older_training_goes_on_without_flow_matching_first(training, tmp_path):
+    file = tmp_path / "run" / "checkpoint.pt"
+    assert training("--steps", 2, "--flow-first", 0)[0] == 0
+    checkpoint = meanflow.load_checkpoint(file)
+    del checkpoint["args"]["flow_first"]
+    torch.save(checkpoint, file)
+    assert "flow-first was 0.0, not 0.25" in one_line(training("--steps", 2, "--resume"))
+    assert training("--steps", 2, "--flow-first", 0, "--resume")[0] == 0
+
+
 def test_the_sampler_draws_from_the_checkpoint(trained, call, tmp_path):
     checkpoint, drawn = trained / "run" / "checkpoint.pt", {}
     for name, flags in ("a", ()), ("b", ()), ("c", ("--seed", 1)), ("d", ("--steps", 2)), (
@@ -1322,7 +1332,7 @@ def joined_gradient(rank, world, lam, tangent):
 def worker(folder):
     """One of the processes that torchrun starts: two trainings, then the gradients of CASES."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    flags = "--steps", "2", "--log-every", "1", "--batch-size", "6", "--out"
+    flags = "--steps", "2", "--flow-first", "0.5", "--log-every", "1", "--batch-size", "6", "--out"
     images, nets = torch.randint(0, 256, (20, 1, 4, 4), dtype=torch.uint8), []
     nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="eager")
     for out, more in (folder / "eager", []), (folder / "compiled", ["--compile"]):
@@ -1447,7 +1457,8 @@ def test_a_folder_serves_one_training(training, tmp_path):
     assert training("--steps", 2)[0] == 0
     before = {file: file.read_bytes() for file in (tmp_path / "run").iterdir()}
     assert "--resume" in one_line(training("--steps", 2))
-    changes = {"lr": 0.5, "steps": 3, "guidance": 2}  # steps, as the learning rate's decay has them
+    # steps, as the learning rate's decay has them
+    changes = {"lr": 0.5, "steps": 3, "guidance": 2, "flow-first": 0.5}
     for name, value in changes.items():
         flags = "--steps", 2, f"--{name}", value, "--resume"
         assert f"{name} was" in one_line(training(*flags))
@@ -1626,9 +1637,9 @@ def test_what_is_no_checkpoint_is_named(trained, call, tmp_path, damage):
     --lambda-max 1.1; --guidance -1
     --lambda-schedule sine; --jump-share nan; --seed 9223372036854775808; --device gpu
     --amp fp16 --device cpu; --lambda-shedule linear; --lambda linear; --t-logit nan 1
-    --t-logit 0 -1; --r-logit 0; --r-logit 0 inf; --lambda-warmup 3 --steps 2
-    --lr-warmup 3 --steps 2; --no-class-cond --guidance 2
-    --data ''; --out ''""".replace("\n", ";").split(";"),
+    --t-logit 0 -1; --r-logit 0; --r-logit 0 inf; --flow-first 1.1
+    --lambda-warmup 3 --steps 2 --lambda-schedule linear; --lr-warmup 3 --steps 2
+    --no-class-cond --guidance 2; --data ''; --out ''""".replace("\n", ";").split(";"),
 )
 def test_a_wrong_flag_ends_with_one_line_and_nothing_written(training, tmp_path, flags):
     flags = shlex.split(flags)
@@ -1641,6 +1652,7 @@ def test_a_wrong_flag_ends_with_one_line_and_nothing_written(training, tmp_path,
     [
         (["--lambda-max", "1"], 1, "need a --lambda-schedule"),
         (["--lambda-warmup", "1"], 1, "need a --lambda-schedule"),
+        (["--flow-first", "0.8", "--lambda-schedule", "linear"], 1, "only 20000 steps are left"),
         ([], 3, "--batch-size 64.*3 processes"),
         ([], 64, "--jump-share 0.25 of 1 images"),
     ],

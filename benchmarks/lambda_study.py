@@ -45,7 +45,7 @@ import meanflow
 import train_mnist
 
 SCHEDULES = {  # λ as flags of the training scripts
-    "0": "--lambda-max 0",
+    "0": "--lambda-schedule constant --lambda-max 0",
     "0.25": "--lambda-schedule constant --lambda-max 0.25",
     "1": "--lambda-schedule constant",
     "0 to 1, linear": "--lambda-schedule linear",

@@ -152,25 +152,18 @@ def draw_log(file="runs/mnist/log.csv"):
     with open(file, encoding="utf-8") as rows:
         log = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(rows)]
     column = lambda name: [row[name] for row in log]
-    figure, (errors, curriculum) = plt.subplots(
-        2, sharex=True, figsize=(8, 4.2), height_ratios=[4, 1], layout="constrained"
-    )
+    figure, errors = plt.subplots(figsize=(8, 3.6), layout="constrained")
     errors.plot(column("step"), column("err_jump"), color=JUMP, label="err_jump, r < t")
     errors.plot(column("step"), column("err_flow"), color=DATA, label="err_flow, r = t")
-    errors.set(yscale="log", ylabel="squared error")
+    errors.set(xlabel="step", yscale="log", ylabel="squared error", xlim=(0, log[-1]["step"]))
     errors.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     errors.yaxis.set_major_formatter("{x:g}")
     errors.yaxis.set_minor_locator(NullLocator())
     errors.legend(frameon=False, loc="center right")
-    curriculum.plot(column("step"), column("lambda"), color="black")
-    curriculum.set(xlabel="step", ylabel="λ", ylim=(-0.05, 1.1), xlim=(0, log[-1]["step"]))
-    modulated = max((row["step"] for row in log if row["lambda"] > 0), default=0)
-    for panel in errors, curriculum:
-        panel.axvspan(0, modulated, color=NOISE, alpha=0.3, linewidth=0)
-    if 0 < modulated < log[-1]["step"]:  # in a mixed run
-        top = {"y": 0.97, "va": "top", "transform": errors.get_xaxis_transform()}
-        errors.text(modulated / 2, s="marginal tangent", ha="center", **top)
-        errors.text(modulated * 1.05, s="conditional tangent", **top)
+    first = min(row["step"] for row in log if row["err_jump"] > 0)  # before it, there is nan
+    errors.axvspan(0, first, color=NOISE, alpha=0.3, linewidth=0)
+    top = {"y": 0.97, "va": "top", "transform": errors.get_xaxis_transform()}
+    errors.text(first / 2, s="flow matching", ha="center", **top)
     figure.savefig(ASSETS / "log.png", dpi=130)
 
 
