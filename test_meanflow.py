@@ -373,7 +373,8 @@ class Through(nn.Module):
 
     def __init__(self, layer, shape):
         super().__init__()
-        self.layer, self.scale = layer, nn.Parameter(1 + torch.rand(shape))
+        self.layer = copy.deepcopy(layer)  # a test may change its own
+        self.scale = nn.Parameter(1 + torch.rand(shape))
 
     def forward(self, x, r, t):
         h = self.layer(torch.sin(x * self.scale) + expand(t + r, x) * x)
@@ -403,6 +404,7 @@ encoder = functools.partial(
 )
 VECTOR, SEQUENCE, IMAGE, VOLUME = (6,), (5, 6), (6, 4, 4), (4, 3, 3, 3)
 ONES = torch.ones(6)
+torch.manual_seed(0)
 LAYERS = {  # a layer or function and the shape of a sample
     "linear": (nn.Linear(6, 3), VECTOR),
     "weight norm": (nn.utils.parametrizations.weight_norm(nn.Linear(6, 3)), VECTOR),
