@@ -14,7 +14,7 @@ RECIPE = {
     "lr_decay": True,
     "beta2": 0.99,
     "ema": 0.995,
-    "flow_first": 0.25,
+    "flow_first": 0.25,  # flow matching, then MeanFlow with λ = 0
     "jump_share": 0.5,
     "t_logit": [0.0, 1.6],
     "r_logit": [-4.0, 1.6],
