@@ -817,7 +817,7 @@ def train(model, images, labels, args, *, flip=False):
             if rank == 0 and saves and not lost:
                 save_checkpoint(out, parts, args, state)
             if rank == 0:
-                write_log(state["log"], out)  # second, as a log without a checkpoint is refused
+                write_log(state["log"], out)  # second: --resume refuses a log without a checkpoint
             if lost:
                 message = f"no finite gradient in {skipped:.0f} steps to {step}: a lower --lr?"
                 raise UserError(message)

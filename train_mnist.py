@@ -16,8 +16,8 @@ RECIPE = {
     "ema": 0.995,
     "flow_first": 0.25,  # flow matching, then MeanFlow with λ = 0
     "jump_share": 0.5,
-    "t_logit": [0.0, 1.6],
-    "r_logit": [-4.0, 1.6],
+    "t_logit": [0.0, 1.6],  # t often near 1, where one step starts
+    "r_logit": [-4.0, 1.6],  # r near 0, where it ends
     "class_cond": True,
 }
 NETWORK = {  # 0.7M parameters
