@@ -1042,13 +1042,19 @@ def test_the_average_is_that_of_the_weights_from_step_1_on(tmp_path, monkeypatch
         assert_close(parameter.detach(), value)
 
 
-def test_settings_reach_the_loss(training, monkeypatch):
+@pytest.fixture
+def seen(monkeypatch):
+    """The options of each call of the loss, as training makes them."""
     seen, loss = [], meanflow.meanflow_loss
     monkeypatch.setattr(
         meanflow,
         "meanflow_loss",
         lambda *args, **options: seen.append(options) or loss(*args, **options),
     )
+    return seen
+
+
+def test_settings_reach_the_loss(training, seen):
     flags = "--jump-share 0.75 --t-logit 0.1 1.1 --r-logit -1 2 --guidance 1.5 --tangent marginal"
     assert training("--steps", 1, *flags.split())[0] == 0
     assert seen == [
@@ -1073,16 +1079,11 @@ def test_the_log_tells_the_errors_of_jumps_from_those_of_others(
     assert row[missing] == "nan" and math.isfinite(float(row[given]))
 
 
-def test_flow_matching_comes_first_and_lambda_waits(training, tmp_path, monkeypatch):
-    shares, loss = [], meanflow.meanflow_loss
-    recorded = lambda *args, **options: (
-        shares.append(options["jump_share"]) or loss(*args, **options)
-    )
-    monkeypatch.setattr(meanflow, "meanflow_loss", recorded)
+def test_flow_matching_comes_first_and_lambda_waits(training, tmp_path, seen):
     flags = "--flow-first 0.5 --jump-share 0.75 --lambda-schedule linear --lambda-warmup 2"
     every = "--log-every", 1, "--save-every", 3
     assert training("--steps", 8, *flags.split(), *every)[0] == 0
-    assert shares == [0] * 4 + [0.75] * 4
+    assert [options["jump_share"] for options in seen] == [0] * 4 + [0.75] * 4
     rows = log(tmp_path / "run")
     assert [float(row["lambda"]) for row in rows] == [0] * 5 + [0.5, 1, 1]
     assert [row["err_jump"] == "nan" for row in rows] == [True] * 4 + [False] * 4

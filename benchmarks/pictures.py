@@ -161,7 +161,8 @@ def draw_log(file="runs/mnist/log.csv"):
     errors.yaxis.set_minor_locator(NullLocator())
     errors.legend(frameon=False, loc="center right")
     if math.isnan(log[0]["err_jump"]):
-        first = min(row["step"] for row in log if not math.isnan(row["err_jump"]))
+        jumps = [row["step"] for row in log if not math.isnan(row["err_jump"])]
+        first = min(jumps, default=log[-1]["step"])
         errors.axvspan(0, first, color=NOISE, alpha=0.3, linewidth=0)
         top = {"y": 0.97, "va": "top", "transform": errors.get_xaxis_transform()}
         errors.text(first / 2, s="flow matching", ha="center", **top)
