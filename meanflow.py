@@ -163,6 +163,31 @@ def marginal_velocity(model, x_t, t, y=None):
     return evaluate(model, x_t, t, t, y).to(x_t.dtype)  # a tangent must have the dtype of x_t
 
 
+@torch.no_grad()
+def mean_velocity(x_t, t, v, x0, y, reference):
+    """Return the mean of v over the images that x_t may come from, as far as they are at hand.
+
+    At hand are the batch x0 (B, ...) and `reference`, as in `meanflow_loss`. The path from an image
+    leads to x_t if its noise is x1 = (x_t - (1 - t) image) / t. So each image counts by the density
+    of this noise, that of N(0, I), and the weighted mean of the images takes the place of x0 in v.
+    Where there are labels, a sample with y >= 0 counts images of its own label only.
+    This is E[v | x_t, the images at hand]. So for any number of images its mean given x_t is
+    E[v | x_t], as that of v is, but it varies less, above all near t = 1. Xu, Tong, Jaakkola 2023,
+    arXiv:2302.00670, do the same for the score.
+    """
+    more, more_y = reference
+    images = torch.cat((x0, more)).flatten(1).double()  # float32 will not do where t is small
+    x, t = x_t.flatten(1).double(), t.double()[:, None].clamp(min=1e-3)
+    square = x.square().sum(1, True) - 2 * (1 - t) * (x @ images.T)
+    square = square + (1 - t) ** 2 * images.square().sum(1)  # ||x_t - (1 - t) image||², (B, B + M)
+    log_density = -square / (2 * t**2)
+    if y is not None:
+        other = (y[:, None] >= 0) & (y[:, None] != torch.cat((y, more_y)))
+        log_density = log_density.masked_fill(other, -math.inf)
+    mean = log_density.softmax(1) @ images
+    return v - ((mean - images[: len(x)]) / t).to(v.dtype).view_as(v)
+
+
 def guided_velocity(model, x_t, t, v, y, guidance):
     """Return ω v + (1 - ω) u(x_t, t, t) for samples with a label y >= 0, and v for those without.
 
@@ -195,7 +220,7 @@ def total_derivative(model, x_t, r, t, v, y=None, *, gradients=True):
 
 def meanflow_loss(
     model, x0, lam, y=None, *, x1=None, r=None, t=None, jump_share=0.25, t_logit=(-0.4, 1.0),
-    r_logit=None, tangent="conditional", guidance=1.0, p=0.75, c=1e-3,
+    r_logit=None, reference=None, tangent="conditional", guidance=1.0, p=0.75, c=1e-3,
 ):  # fmt: skip
     """Return the loss E[w ||e||²], e = u + (t - r) SG_λ[du/dt] - v, w = stopgrad(||e||² + c)^-p.
 
@@ -211,14 +236,16 @@ def meanflow_loss(
               r_logit and jump_share, the share of the batch, in [0, 1], that jumps. The first
               samples jump, so shuffle the batch. Their number is rounded; where that would leave
               only one kind of sample, it is drawn, so that the share is right on average
+    reference a pair of more images (M, ...) and their labels (M,), None without labels; then
+              `mean_velocity` takes the place of v, as target and as conditional tangent. This costs
+              little, and serves one-step samples. With labels, y must be (B,)
     tangent   direction of du/dt: "conditional", the paper's v, with which λ > 0 made one-step
               samples lose their variety, or "marginal", u(x_t, t, t), as in improved MeanFlow
               (arXiv 2512.02012). With the latter, for p = 0, the true u is a stationary point for
               every λ. It takes one more forward pass of the jumps, with a dropout mask of its own
-    guidance  ω; unless it is 1, `guided_velocity` takes the place of v, as target and as
-              conditional tangent, at one more forward pass, which calls the model without labels.
-              Needs labels y (B,), about a tenth of them -1, which the model must treat like a
-              missing y
+    guidance  ω; unless it is 1, `guided_velocity` takes the place of v in the same way, at one more
+              forward pass, which calls the model without labels. Needs labels y (B,), about a
+              tenth of them -1, which the model must treat like a missing y
     p, c      power >= 0 and offset > 0 of the adaptive weight; p = 0 is the plain squared error, a
               larger p shifts the solution from the mean towards the mode
     The default times are those of MeanFlow for ImageNet; the default p is the one for CIFAR-10.
@@ -227,6 +254,7 @@ def meanflow_loss(
     not read, so they are not checked.
     """
     check_arguments(x0, y, lam, tangent, guidance, p, c)
+    check_reference(reference, x0, y)
     x1 = torch.randn_like(x0) if x1 is None else alike("x1", x1, x0)
     n = len(x0)
     if r is None and t is None:
@@ -238,6 +266,8 @@ def meanflow_loss(
         k = n  # any of them may jump
 
     x_t, v = path(x0, x1, t)
+    if reference is not None:
+        v = mean_velocity(x_t, t, v, x0, y, reference)
     if guidance != 1:
         v = guided_velocity(model, x_t, t, v, y, guidance)
 
@@ -671,6 +701,22 @@ def check_arguments(x0, y, lam, tangent, guidance, p, c):
         raise ValueError(f"p must be >= 0 and c > 0, got p={describe(p)}, c={describe(c)}")
 
 
+def check_reference(reference, x0, y):
+    if reference is None:
+        return
+    pair = isinstance(reference, (tuple, list)) and len(reference) == 2
+    if not (pair and torch.is_tensor(reference[0]) and reference[0].ndim):
+        raise ValueError(f"reference must be (images, labels), got {describe(reference)}")
+    images, labels = reference
+    alike("images of reference", images, x0.new_empty(len(images), *x0.shape[1:]))
+    if y is None and labels is not None:
+        raise ValueError("reference has labels, but y is missing")
+    if y is not None and y.ndim != 1:
+        raise ValueError(f"reference needs y of shape (B,), got {describe(y)}")
+    if y is not None:
+        alike("labels of reference", labels, y.new_empty(len(images)))
+
+
 def check_logit(name, logit):
     pair = isinstance(logit, (tuple, list)) and len(logit) == 2
     if not (pair and is_number(logit[0]) and is_number(logit[1], 0)):
@@ -790,10 +836,11 @@ def train(model, images, labels, args, *, flip=False):
             # seeded by the step, so that there is no state of random numbers to save
             torch.manual_seed(hash((args.seed, done, rank)))
             x0, y = draw_batch(images, labels, args.batch_size // world, flip, args.guidance)
+            more = draw_batch(images, labels, args.reference, flip) if args.reference else None
             share = args.jump_share if done >= flow_steps(args) else 0.0
             lam, tangent = lambda_and_tangent(done, args)
             with torch.autocast(device.type, PRECISIONS[args.amp], enabled=args.amp != "off"):
-                loss, err = objective(x0, lam, y, tangent=tangent, jump_share=share)
+                loss, err = objective(x0, lam, y, tangent=tangent, jump_share=share, reference=more)
             norm = update(loss, model, adam, muon, scaler, learning_rate(done, args))
             skipped = torch.where(norm.isfinite(), 0, skipped + 1)
             if done == 0:  # the average starts from here, not from the initial weights
@@ -850,7 +897,7 @@ def prepared_objective(model, args, device, world):
     return nn.parallel.DistributedDataParallel(objective)
 
 
-def draw_batch(images, labels, n, flip, guidance):
+def draw_batch(images, labels, n, flip, guidance=1.0):
     """Return n random images x0 in [-1, 1] and their labels, a share of which guidance drops."""
     i = torch.randint(len(images), (n,), device=images.device)
     x0 = images[i].float() / 127.5 - 1
@@ -1047,7 +1094,7 @@ def resume(out, parts, args, rank):
         checkpoint, new = load_checkpoint(file), settings(parts["model"], args)
         with reading(file):
             # older checkpoints know nothing of --flow-first
-            was = {"flow_first": 0.0} | checkpoint["unet"] | checkpoint["args"]
+            was = {"flow_first": 0.0, "reference": 0} | checkpoint["unet"] | checkpoint["args"]
             now = new["unet"] | new["args"]
             extendable = not (args.lr_decay or args.flow_first)
             free = MAY_CHANGE | {"steps"} if extendable else MAY_CHANGE
@@ -1246,6 +1293,8 @@ def train_parser(description, **defaults):
     flag("--lambda-max", type=SHARE, help="largest lambda; without it 1; 0 is lambda = 0")
     flag("--lambda-warmup", type=COUNT, help="steps of the change, after those of --flow-first; "
          "without it a quarter of all")  # fmt: skip
+    flag("--reference", type=number(int, 0, 10**6), default=0, help="more images per step, over "
+         "which v is averaged where they may lead to x_t; 0 is off")  # fmt: skip
     tangents = "conditional", "marginal", "mixed"
     flag("--tangent", choices=tangents, default="mixed", help="direction of du/dt; mixed: marginal "
          "while lambda is, or will be, above 0, otherwise conditional")  # fmt: skip

@@ -174,6 +174,59 @@ def test_true_u_is_not_stationary_for_the_conditional_tangent_with_lambda_1():
     assert mean[0] < -0.05 and mean[2] < -0.1, (mean, error)
 
 
+# The mean of v over the images at hand ------------------------------------------------------------
+
+
+def test_the_mean_velocity_is_that_of_all_images_at_hand():
+    x0, given = batch(n=6)
+    more, t = torch.randn(4, 3).double(), torch.tensor([0, 0.01, 0.3, 0.7, 0.95, 1]).double()
+    y, more_y = torch.tensor([0, 1, -1, 0, 1, -1]), torch.tensor([0, 1, 1, 0])
+    x_t, v = path(x0, given["x1"], t)
+    mean = meanflow.mean_velocity(x_t, t, v, x0, y, (more, more_y))
+    noise = torch.distributions.Normal(0, 1)
+    for i in range(1, 6):
+        total, weights = 0, 0
+        for image, label in zip([*x0, *more], [*y, *more_y], strict=True):
+            x1 = (x_t[i] - (1 - t[i]) * image) / t[i]
+            weight = noise.log_prob(x1).sum().exp() if y[i] in (-1, label) else 0
+            total, weights = total + weight * (x1 - image), weights + weight
+        assert_close(mean[i], total / weights)
+    assert torch.equal(mean[:2], v[:2])  # near t = 0 only the sample's own image is possible
+    assert ((mean - v).norm(dim=1)[3:] > 0.1).all()
+    unlabelled = meanflow.mean_velocity(x_t, t, v, x0, None, (more, None))
+    assert_close(unlabelled[[2, 5]], mean[[2, 5]])
+
+
+@pytest.mark.parametrize("more", [0, 30])
+def test_the_mean_velocity_has_the_right_mean_and_less_variance(more):
+    """For Gaussian data E[v | x_t] is a x_t + b, and regression on x_t finds a and b."""
+    t, rows = torch.full((20,), 0.8).double(), []
+    for _ in range(2000):
+        x0, x1 = MEAN + STD * torch.randn(20, 1).double(), torch.randn(20, 1).double()
+        reference = MEAN + STD * torch.randn(more, 1).double(), None
+        x_t, v = path(x0, x1, t)
+        mean = meanflow.mean_velocity(x_t, t, v, x0, None, reference)
+        rows.append(torch.cat((x_t, torch.ones_like(x_t), v, mean), 1))
+    rows = torch.cat(rows)
+    lines = torch.linalg.lstsq(rows[:, :2], rows[:, 2:]).solution
+    left = (rows[:, 2:] - rows[:, :2] @ lines).var(0)
+    b = gaussian_v(torch.zeros(1).double(), 0.8)
+    a = gaussian_v(torch.ones(1).double(), 0.8) - b
+    error = 4 * (left[1] / 2000).sqrt()  # as samples of a batch share their images
+    assert_close(lines[:, 1], torch.cat((a, b)), rtol=0, atol=error.item())
+    assert left[1] < left[0] / (3 if more else 2)
+
+
+def test_the_mean_velocity_is_not_rounded_under_autocast():
+    x0, given = batch(shape=(1, 8, 8))
+    x0, x1, t = x0.float(), given["x1"].float(), given["t"].float() / 5
+    x_t, v = path(x0, x1, t)
+    reference = torch.randn(30, 1, 8, 8), None
+    mean = meanflow.mean_velocity(x_t, t, v, x0, None, reference)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(meanflow.mean_velocity(x_t, t, v, x0, None, reference), mean)
+
+
 # SG_λ and what it does to the loss ---------------------------------------------------------------
 
 
@@ -202,10 +255,15 @@ def test_lambda_leaves_the_value_and_is_affine_in_the_gradient(tangent):
     assert (grads[1.0] - grads[0.0]).norm() > 0.01 * grads[0.0].norm()
 
 
-def written_out(net, x0, y, lam, x1, r, t, tangent="conditional", guidance=1.0, p=0.75, c=1e-3):
-    """The loss as the papers write it, by another derivative and without a line of meanflow.py."""
+def written_out(
+    net, x0, y, lam, x1, r, t, reference=None, tangent="conditional", guidance=1.0, p=0.75, c=1e-3
+):
+    """The loss as the papers write it, by another derivative and without a line of meanflow.py,
+    but for the mean of v."""
     x_t, v = (1 - t)[:, None] * x0 + t[:, None] * x1, x1 - x0
     with torch.no_grad():
+        if reference:
+            v = meanflow.mean_velocity(x_t, t, v, x0, y, reference)
         if guidance != 1:
             guided = guidance * v + (1 - guidance) * net(x_t, t, t)
             v = torch.where((y >= 0)[:, None], guided, v)
@@ -222,10 +280,13 @@ def written_out(net, x0, y, lam, x1, r, t, tangent="conditional", guidance=1.0, 
 @pytest.mark.parametrize(
     "options",
     [{}, {"p": 0}, {"p": 1, "c": 0.01}, {"tangent": "marginal"}, {"guidance": 3.0},
-     {"guidance": 3.0, "tangent": "marginal"}],
+     {"guidance": 3.0, "tangent": "marginal"}, {"guidance": 3.0, "reference": 5}],
 )  # fmt: skip
 def test_the_loss_is_the_formula_of_the_papers(lam, options):
     net, (x0, given), y = Net(), batch(), torch.tensor([0, 1, -1, 2, -1, 3] * 2)
+    if "reference" in options:
+        more = torch.randn(options["reference"], 3).double()
+        options = options | {"reference": (more, torch.arange(len(more)))}
     loss, err = meanflow_loss(net, x0, lam, y, **given, **options)
     expected, expected_err = written_out(net, x0, y, lam, **given, **options)
     assert_close((loss, err), (expected, expected_err))
@@ -555,6 +616,7 @@ def test_the_whole_loss_compiles_into_one_graph(make, tangent, guidance, lams, b
     net, y = make(), torch.tensor([0, 1, -1, 2])
     x0 = torch.randn(4, *((1, 4, 4) if isinstance(net, UNet) else (2, 3, 3)))
     objective = meanflow.Objective(net, jump_share=0.5, tangent=tangent, guidance=guidance)
+    reference = torch.randn(5, *x0.shape[1:]), torch.arange(5) % 3
     torch.compiler.reset()
     compiled = torch.compile(objective, fullgraph=True, backend=backend)
     for lam in lams:
@@ -562,7 +624,7 @@ def test_the_whole_loss_compiles_into_one_graph(make, tangent, guidance, lams, b
         for module in objective, compiled:
             torch.manual_seed(1)
             with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-                loss, err = module(x0, lam, y)
+                loss, err = module(x0, lam, y, reference=reference)
             results.append((loss, err, *torch.autograd.grad(loss, [*net.parameters()])))
         precision = {"rtol": 0.02, "atol": 0.02} if amp else {"rtol": 1e-4, "atol": 1e-5}
         assert_close(*results, **precision)
@@ -760,7 +822,7 @@ def test_inference_mode_is_refused():
 
 # Bad input ---------------------------------------------------------------------------------------
 
-X0 = torch.zeros(4, 3)
+X0, LABELS = torch.zeros(4, 3), torch.zeros(4).long()
 TIMES = {"r": torch.full((4,), 0.2), "t": torch.full((4,), 0.6)}
 batch_norm = lambda x, r, t: F.batch_norm(x * t[:, None], None, None, training=True)
 torch_batch_norm = lambda x, r, t: torch.batch_norm(
@@ -784,6 +846,22 @@ torch_batch_norm = lambda x, r, t: torch.batch_norm(
         (lambda: meanflow_loss(Net(), X0, torch.tensor(1.5)), "lam must be.*1.5"),
         (lambda: meanflow_loss(Net(), X0, 0.0, guidance=2.0), "guidance 2.0 needs labels"),
         (lambda: meanflow_loss(Net(), X0, 0.0, X0, guidance=2.0), r"labels y of shape \(B,\)"),
+        (lambda: meanflow_loss(Net(), X0, 0.0, reference=X0), "reference must be.*images"),
+        (lambda: meanflow_loss(Net(), X0, 0.0, reference=(3, None)), "reference must be.*images"),
+        (
+            lambda: meanflow_loss(Net(), X0, 0.0, reference=(X0[:, :2], None)),
+            r"images of reference must be.*\(4, 3\).*\(4, 2\)",
+        ),
+        (lambda: meanflow_loss(Net(), X0, 0.0, reference=(X0, LABELS)), "labels, but y is missing"),
+        (
+            lambda: meanflow_loss(Net(), X0, 0.0, LABELS, reference=(X0, None)),
+            "labels of reference must.*None",
+        ),
+        (
+            lambda: meanflow_loss(Net(), X0, 0.0, LABELS, reference=(X0, LABELS[:3])),
+            r"labels of reference must.*\(4,\).*\(3,\)",
+        ),
+        (lambda: meanflow_loss(Net(), X0, 0.0, X0, reference=(X0, X0)), r"needs y of shape \(B,\)"),
         (lambda: meanflow_loss(Net(), X0, 0.0, p=-1), "p must be.*-1"),
         (lambda: meanflow_loss(Net(), X0, 0.0, c=0), "c > 0.*c=0"),
         (lambda: meanflow_loss(Net(), X0, 0.0, x1=torch.zeros(4, 2)), r"x1 must be.*\(4, 2\)"),
@@ -1056,7 +1134,7 @@ def seen(monkeypatch):
 
 def test_settings_reach_the_loss(training, seen):
     flags = "--jump-share 0.75 --t-logit 0.1 1.1 --r-logit -1 2 --guidance 1.5 --tangent marginal"
-    assert training("--steps", 1, *flags.split())[0] == 0
+    assert training("--steps", 1, "--reference", 0, *flags.split())[0] == 0
     assert seen == [
         {
             "jump_share": 0.75,
@@ -1064,8 +1142,21 @@ def test_settings_reach_the_loss(training, seen):
             "r_logit": [-1.0, 2.0],
             "guidance": 1.5,
             "tangent": "marginal",
+            "reference": None,
         }
     ]
+
+
+def test_the_reference_is_of_other_images_with_their_labels(training, seen, monkeypatch):
+    drawn, draw_batch = [], meanflow.draw_batch
+    monkeypatch.setattr(
+        meanflow, "draw_batch", lambda *args: drawn.append(draw_batch(*args)) or drawn[-1]
+    )
+    assert training("--steps", 2, "--reference", 50, "--guidance", 2)[0] == 0
+    assert [options["reference"] for options in seen] == drawn[1::2]
+    (x0, _), (more, more_y) = drawn[:2]
+    assert not torch.equal(more[: len(x0)], x0)
+    assert len(more) == len(more_y) == 50 and more_y.min() >= 0  # guidance takes none of its labels
 
 
 @pytest.mark.parametrize(
@@ -1101,14 +1192,18 @@ def test_a_training_that_begins_with_flow_matching_cannot_be_extended(training):
     assert "steps was 2, not 4" in one_line(training("--steps", 4, *flags, 0.5, "--resume"))
 
 
-def test_an_older_training_goes_on_without_flow_matching_first(training, tmp_path):
+def test_an_older_training_goes_on_without_what_is_newer(training, tmp_path):
     file = tmp_path / "run" / "checkpoint.pt"
-    assert training("--steps", 2, "--flow-first", 0)[0] == 0
+    older = "--steps", 2, "--flow-first", 0, "--reference", 0
+    assert training(*older)[0] == 0
     checkpoint = meanflow.load_checkpoint(file)
-    del checkpoint["args"]["flow_first"]
+    del checkpoint["args"]["flow_first"], checkpoint["args"]["reference"]
     torch.save(checkpoint, file)
-    assert "flow-first was 0.0, not 0.25" in one_line(training("--steps", 2, "--resume"))
-    assert training("--steps", 2, "--flow-first", 0, "--resume")[0] == 0
+    newer = "--flow-first", 0.25
+    assert "flow-first was 0.0, not 0.25" in one_line(training(*older, *newer, "--resume"))
+    newer = "--reference", 5
+    assert "reference was 0, not 5" in one_line(training(*older, *newer, "--resume"))
+    assert training(*older, "--resume")[0] == 0
 
 
 def test_the_sampler_draws_from_the_checkpoint(trained, call, tmp_path):
