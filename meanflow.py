@@ -165,27 +165,28 @@ def marginal_velocity(model, x_t, t, y=None):
 
 @torch.no_grad()
 def mean_velocity(x_t, t, v, x0, y, reference):
-    """Return the mean of v over the images that x_t may come from, as far as they are at hand.
+    """Return E[v | x_t, images], the images being the batch x0 (B, ...) and `reference`.
 
-    At hand are the batch x0 (B, ...) and `reference`, as in `meanflow_loss`. The path from an image
-    leads to x_t if its noise is x1 = (x_t - (1 - t) image) / t. So each image counts by the density
-    of this noise, that of N(0, I), and the weighted mean of the images takes the place of x0 in v.
-    Where there are labels, a sample with y >= 0 counts images of its own label only.
-    This is E[v | x_t, the images at hand]. So for any number of images its mean given x_t is
-    E[v | x_t], as that of v is, but it varies less, above all near t = 1. Xu, Tong, Jaakkola 2023,
-    arXiv:2302.00670, do the same for the score.
+    v is (x_t - x0) / t. Suppose that we know the images, but not which of them is x0. Then each has
+    a probability in proportion to the density N(0, I) of the noise (x_t - (1 - t) image) / t that
+    it needs to get to x_t, and the mean of the images takes the place of x0. Where there are
+    labels, a sample with y >= 0 counts images of its own label only, one with y < 0 all of them.
+    Given x_t, the mean of the result is E[v | x_t], as that of v is, for any number of images that
+    are drawn as x0 is; but it varies less. No gradient passes through. Where t < 0.001 it is v.
+    After Xu, Tong, Jaakkola 2023, arXiv:2302.00670, who do this for the score.
     """
     more, more_y = reference
     images = torch.cat((x0, more)).flatten(1).double()  # float32 will not do where t is small
-    x, t = x_t.flatten(1).double(), t.double()[:, None].clamp(min=1e-3)
-    square = x.square().sum(1, True) - 2 * (1 - t) * (x @ images.T)
-    square = square + (1 - t) ** 2 * images.square().sum(1)  # ||x_t - (1 - t) image||², (B, B + M)
-    log_density = -square / (2 * t**2)
+    x, s = x_t.flatten(1).double(), t.double().clamp(min=1e-3)[:, None]
+    square = x.square().sum(1, True) - 2 * (1 - s) * (x @ images.T)
+    square = square + (1 - s) ** 2 * images.square().sum(1)  # ||x_t - (1 - t) image||², (B, B + M)
+    log_density = -square / (2 * s**2)
     if y is not None:
         other = (y[:, None] >= 0) & (y[:, None] != torch.cat((y, more_y)))
         log_density = log_density.masked_fill(other, -math.inf)
     mean = log_density.softmax(1) @ images
-    return v - ((mean - images[: len(x)]) / t).to(v.dtype).view_as(v)
+    better = v - ((mean - images[: len(x)]) / s).to(v.dtype).view_as(v)
+    return torch.where(expand(t >= 1e-3, v), better, v)
 
 
 def guided_velocity(model, x_t, t, v, y, guidance):
@@ -203,7 +204,7 @@ def total_derivative(model, x_t, r, t, v, y=None, *, gradients=True):
     """Return u(x_t, r, t) and du/dt = ∂u/∂x · v + ∂u/∂t, both shaped like x_t (B, ...).
 
     One forward-mode pass along (v, 0, 1), so dropout masks are shared by value and derivative. v is
-    the velocity of x_t, that of the sample or the marginal one.
+    a velocity of x_t, that of the sample or a mean of many.
     gradients=False returns du/dt as a constant, of which no graph is kept.
     Raises RuntimeError in inference mode.
     """
@@ -236,9 +237,11 @@ def meanflow_loss(
               r_logit and jump_share, the share of the batch, in [0, 1], that jumps. The first
               samples jump, so shuffle the batch. Their number is rounded; where that would leave
               only one kind of sample, it is drawn, so that the share is right on average
-    reference a pair of more images (M, ...) and their labels (M,), None without labels; then
-              `mean_velocity` takes the place of v, as target and as conditional tangent. This costs
-              little, and serves one-step samples. With labels, y must be (B,)
+    reference a pair: more images (M, ...), and their labels (M,), or None where y is not given.
+              With it, `mean_velocity` takes the place of v, as target and as conditional tangent,
+              which gave better one-step samples. Draw them as x0 is drawn, anew in each step: fixed
+              images, or the whole data set, would bias v. M may be 0, and should be many times the
+              number of labels; y must be integers (B,). Takes (B + M) numbers of float64 per pixel
     tangent   direction of du/dt: "conditional", the paper's v, with which λ > 0 made one-step
               samples lose their variety, or "marginal", u(x_t, t, t), as in improved MeanFlow
               (arXiv 2512.02012). With the latter, for p = 0, the true u is a stationary point for
@@ -704,17 +707,17 @@ def check_arguments(x0, y, lam, tangent, guidance, p, c):
 def check_reference(reference, x0, y):
     if reference is None:
         return
-    pair = isinstance(reference, (tuple, list)) and len(reference) == 2
-    if not (pair and torch.is_tensor(reference[0]) and reference[0].ndim):
+    if not (isinstance(reference, (tuple, list)) and len(reference) == 2):
         raise ValueError(f"reference must be (images, labels), got {describe(reference)}")
     images, labels = reference
-    alike("images of reference", images, x0.new_empty(len(images), *x0.shape[1:]))
+    n = len(images) if torch.is_tensor(images) and images.ndim else 0
+    alike("images of reference", images, x0[:1].expand(n, *x0.shape[1:]))
     if y is None and labels is not None:
         raise ValueError("reference has labels, but y is missing")
-    if y is not None and y.ndim != 1:
-        raise ValueError(f"reference needs y of shape (B,), got {describe(y)}")
+    if y is not None and (y.ndim != 1 or y.is_floating_point()):
+        raise ValueError(f"reference needs integer labels y of shape (B,), got {describe(y)}")
     if y is not None:
-        alike("labels of reference", labels, y.new_empty(len(images)))
+        alike("labels of reference", labels, y[:1].expand(n))
 
 
 def check_logit(name, logit):
@@ -1093,7 +1096,7 @@ def resume(out, parts, args, rank):
     if args.resume and file.exists():
         checkpoint, new = load_checkpoint(file), settings(parts["model"], args)
         with reading(file):
-            # older checkpoints know nothing of --flow-first
+            # older checkpoints know nothing of these two
             was = {"flow_first": 0.0, "reference": 0} | checkpoint["unet"] | checkpoint["args"]
             now = new["unet"] | new["args"]
             extendable = not (args.lr_decay or args.flow_first)
@@ -1293,8 +1296,8 @@ def train_parser(description, **defaults):
     flag("--lambda-max", type=SHARE, help="largest lambda; without it 1; 0 is lambda = 0")
     flag("--lambda-warmup", type=COUNT, help="steps of the change, after those of --flow-first; "
          "without it a quarter of all")  # fmt: skip
-    flag("--reference", type=number(int, 0, 10**6), default=0, help="more images per step, over "
-         "which v is averaged where they may lead to x_t; 0 is off")  # fmt: skip
+    flag("--reference", type=number(int, 0, 10**6), default=0, help="images that a process draws "
+         "besides its batch, for the mean of v over all of them; 0 is off")  # fmt: skip
     tangents = "conditional", "marginal", "mixed"
     flag("--tangent", choices=tangents, default="mixed", help="direction of du/dt; mixed: marginal "
          "while lambda is, or will be, above 0, otherwise conditional")  # fmt: skip

@@ -177,54 +177,65 @@ def test_true_u_is_not_stationary_for_the_conditional_tangent_with_lambda_1():
 # The mean of v over the images at hand ------------------------------------------------------------
 
 
-def test_the_mean_velocity_is_that_of_all_images_at_hand():
+def mean_over_images(x_t, t, y, images, labels):
+    """E[v | x_t, images] of one sample, an image at a time."""
+    total, weights = 0, 0
+    for image, label in zip(images, labels, strict=True):
+        x1 = (x_t - (1 - t) * image) / t
+        weight = torch.exp(-x1.square().sum() / 2) if y in (-1, label) else 0
+        total, weights = total + weight * (x1 - image), weights + weight
+    return total / weights
+
+
+def test_the_mean_velocity_is_that_over_the_images():
     x0, given = batch(n=6)
     more, t = torch.randn(4, 3).double(), torch.tensor([0, 0.01, 0.3, 0.7, 0.95, 1]).double()
     y, more_y = torch.tensor([0, 1, -1, 0, 1, -1]), torch.tensor([0, 1, 1, 0])
+    images, labels = torch.cat((x0, more)), torch.cat((y, more_y))
     x_t, v = path(x0, given["x1"], t)
     mean = meanflow.mean_velocity(x_t, t, v, x0, y, (more, more_y))
-    noise = torch.distributions.Normal(0, 1)
     for i in range(1, 6):
-        total, weights = 0, 0
-        for image, label in zip([*x0, *more], [*y, *more_y], strict=True):
-            x1 = (x_t[i] - (1 - t[i]) * image) / t[i]
-            weight = noise.log_prob(x1).sum().exp() if y[i] in (-1, label) else 0
-            total, weights = total + weight * (x1 - image), weights + weight
-        assert_close(mean[i], total / weights)
+        assert_close(mean[i], mean_over_images(x_t[i], t[i], y[i], images, labels))
     assert torch.equal(mean[:2], v[:2])  # near t = 0 only the sample's own image is possible
     assert ((mean - v).norm(dim=1)[3:] > 0.1).all()
     unlabelled = meanflow.mean_velocity(x_t, t, v, x0, None, (more, None))
     assert_close(unlabelled[[2, 5]], mean[[2, 5]])
 
 
-@pytest.mark.parametrize("more", [0, 30])
-def test_the_mean_velocity_has_the_right_mean_and_less_variance(more):
-    """For Gaussian data E[v | x_t] is a x_t + b, and regression on x_t finds a and b."""
-    t, rows = torch.full((20,), 0.8).double(), []
-    for _ in range(2000):
-        x0, x1 = MEAN + STD * torch.randn(20, 1).double(), torch.randn(20, 1).double()
-        reference = MEAN + STD * torch.randn(more, 1).double(), None
-        x_t, v = path(x0, x1, t)
+@pytest.mark.parametrize("images", [1, 2, 3])
+@pytest.mark.parametrize("t", [1e-4, 0.1, 0.5])
+def test_the_mean_velocity_has_the_mean_of_v_and_less_variance(images, t):
+    """Exactly, by going through all cases: x0 and the reference are drawn from three points."""
+    x_t, points = 0.3, (torch.tensor([-1, -0.4, 1]) if t > 0.01 else 0.3 + torch.arange(3) * t)
+    cases = list(itertools.product(points.double(), repeat=images))
+    drawn = torch.tensor(cases).double()[..., None]  # (cases, images, 1), x0 first
+    x1 = (x_t - (1 - t) * drawn[:, 0]) / t
+    weight = torch.exp(-(x1**2) / 2) / torch.exp(-(x1**2) / 2).sum()  # of a case, given x_t
+    v = x1 - drawn[:, 0]
+    at, times = torch.full((1, 1), x_t).double(), torch.full((1,), t).double()
+    results = [
+        meanflow.mean_velocity(at, times, v[i : i + 1], x[:1], None, (x[1:], None))
+        for i, x in enumerate(drawn)
+    ]
+    mean = torch.cat(results)
+    assert_close((weight * mean).sum(), (weight * v).sum())
+    variance = lambda z: (weight * z**2).sum() - (weight * z).sum() ** 2
+    assert variance(mean) < 0.999 * variance(v) or images == 1 or t < 1e-3
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_the_mean_velocity_is_not_rounded_to_float32_or_less(amp):
+    images, t = 1 + 0.001 * torch.randn(40, 1, 28, 28), torch.linspace(0.01, 0.05, 8)
+    x0, reference = images[:8], (images[8:], None)
+    x_t, v = path(x0, torch.randn_like(x0), t)
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         mean = meanflow.mean_velocity(x_t, t, v, x0, None, reference)
-        rows.append(torch.cat((x_t, torch.ones_like(x_t), v, mean), 1))
-    rows = torch.cat(rows)
-    lines = torch.linalg.lstsq(rows[:, :2], rows[:, 2:]).solution
-    left = (rows[:, 2:] - rows[:, :2] @ lines).var(0)
-    b = gaussian_v(torch.zeros(1).double(), 0.8)
-    a = gaussian_v(torch.ones(1).double(), 0.8) - b
-    error = 4 * (left[1] / 2000).sqrt()  # as samples of a batch share their images
-    assert_close(lines[:, 1], torch.cat((a, b)), rtol=0, atol=error.item())
-    assert left[1] < left[0] / (3 if more else 2)
-
-
-def test_the_mean_velocity_is_not_rounded_under_autocast():
-    x0, given = batch(shape=(1, 8, 8))
-    x0, x1, t = x0.float(), given["x1"].float(), given["t"].float() / 5
-    x_t, v = path(x0, x1, t)
-    reference = torch.randn(30, 1, 8, 8), None
-    mean = meanflow.mean_velocity(x_t, t, v, x0, None, reference)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(meanflow.mean_velocity(x_t, t, v, x0, None, reference), mean)
+    for i in range(8):
+        x = x_t[i].double(), t[i].double()
+        exact = mean_over_images(*x, 0, images.double(), [0] * 40)
+        assert (mean[i] - v[i]).norm() > 0.1
+        # of x_t and v themselves, in float32
+        assert_close(mean[i].double(), exact, rtol=1e-4, atol=1e-4)
 
 
 # SG_λ and what it does to the loss ---------------------------------------------------------------
@@ -280,7 +291,8 @@ def written_out(
 @pytest.mark.parametrize(
     "options",
     [{}, {"p": 0}, {"p": 1, "c": 0.01}, {"tangent": "marginal"}, {"guidance": 3.0},
-     {"guidance": 3.0, "tangent": "marginal"}, {"guidance": 3.0, "reference": 5}],
+     {"guidance": 3.0, "tangent": "marginal"}, {"guidance": 3.0, "reference": 5},
+     {"tangent": "marginal", "reference": 5}],
 )  # fmt: skip
 def test_the_loss_is_the_formula_of_the_papers(lam, options):
     net, (x0, given), y = Net(), batch(), torch.tensor([0, 1, -1, 2, -1, 3] * 2)
@@ -616,7 +628,8 @@ def test_the_whole_loss_compiles_into_one_graph(make, tangent, guidance, lams, b
     net, y = make(), torch.tensor([0, 1, -1, 2])
     x0 = torch.randn(4, *((1, 4, 4) if isinstance(net, UNet) else (2, 3, 3)))
     objective = meanflow.Objective(net, jump_share=0.5, tangent=tangent, guidance=guidance)
-    reference = torch.randn(5, *x0.shape[1:]), torch.arange(5) % 3
+    more = torch.randn(5, *x0.shape[1:]), torch.arange(5) % 3
+    reference = more if tangent == "marginal" else None
     torch.compiler.reset()
     compiled = torch.compile(objective, fullgraph=True, backend=backend)
     for lam in lams:
@@ -847,7 +860,7 @@ torch_batch_norm = lambda x, r, t: torch.batch_norm(
         (lambda: meanflow_loss(Net(), X0, 0.0, guidance=2.0), "guidance 2.0 needs labels"),
         (lambda: meanflow_loss(Net(), X0, 0.0, X0, guidance=2.0), r"labels y of shape \(B,\)"),
         (lambda: meanflow_loss(Net(), X0, 0.0, reference=X0), "reference must be.*images"),
-        (lambda: meanflow_loss(Net(), X0, 0.0, reference=(3, None)), "reference must be.*images"),
+        (lambda: meanflow_loss(Net(), X0, 0.0, reference=(3, None)), "of reference must.*got 3"),
         (
             lambda: meanflow_loss(Net(), X0, 0.0, reference=(X0[:, :2], None)),
             r"images of reference must be.*\(4, 3\).*\(4, 2\)",
@@ -861,7 +874,11 @@ torch_batch_norm = lambda x, r, t: torch.batch_norm(
             lambda: meanflow_loss(Net(), X0, 0.0, LABELS, reference=(X0, LABELS[:3])),
             r"labels of reference must.*\(4,\).*\(3,\)",
         ),
-        (lambda: meanflow_loss(Net(), X0, 0.0, X0, reference=(X0, X0)), r"needs y of shape \(B,\)"),
+        (lambda: meanflow_loss(Net(), X0, 0.0, X0, reference=(X0, X0)), "needs integer labels"),
+        (
+            lambda: meanflow_loss(Net(), X0, 0.0, X0[:, 0], reference=(X0, X0[:, 0])),
+            "needs integer labels",
+        ),
         (lambda: meanflow_loss(Net(), X0, 0.0, p=-1), "p must be.*-1"),
         (lambda: meanflow_loss(Net(), X0, 0.0, c=0), "c > 0.*c=0"),
         (lambda: meanflow_loss(Net(), X0, 0.0, x1=torch.zeros(4, 2)), r"x1 must be.*\(4, 2\)"),
@@ -1022,7 +1039,7 @@ def trained(tmp_path_factory):
 
 def small(argv):
     """What train_mnist.py does, with images of 8x8 pixels and a tiny network."""
-    args = meanflow.train_parser("", **train_mnist.RECIPE).parse_args(argv)
+    args = meanflow.train_parser("", **train_mnist.RECIPE | {"reference": 0}).parse_args(argv)
     torch.manual_seed(args.seed)
     images = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8)
     labels = torch.arange(64) % 3 if args.class_cond else None
@@ -1134,7 +1151,7 @@ def seen(monkeypatch):
 
 def test_settings_reach_the_loss(training, seen):
     flags = "--jump-share 0.75 --t-logit 0.1 1.1 --r-logit -1 2 --guidance 1.5 --tangent marginal"
-    assert training("--steps", 1, "--reference", 0, *flags.split())[0] == 0
+    assert training("--steps", 1, *flags.split())[0] == 0
     assert seen == [
         {
             "jump_share": 0.75,
@@ -1147,16 +1164,22 @@ def test_settings_reach_the_loss(training, seen):
     ]
 
 
-def test_the_reference_is_of_other_images_with_their_labels(training, seen, monkeypatch):
-    drawn, draw_batch = [], meanflow.draw_batch
-    monkeypatch.setattr(
-        meanflow, "draw_batch", lambda *args: drawn.append(draw_batch(*args)) or drawn[-1]
-    )
+def test_a_reference_is_drawn_as_a_batch_is(training, seen, monkeypatch):
+    calls, drawn, draw_batch = [], [], meanflow.draw_batch
+
+    def recorded(*args):
+        calls.append(args)
+        drawn.append(draw_batch(*args))
+        return drawn[-1]
+
+    monkeypatch.setattr(meanflow, "draw_batch", recorded)
+    monkeypatch.setattr(meanflow, "train", functools.partial(meanflow.train, flip=True))
     assert training("--steps", 2, "--reference", 50, "--guidance", 2)[0] == 0
     assert [options["reference"] for options in seen] == drawn[1::2]
+    assert [args[2:] for args in calls] == [(4, True, 2.0), (50, True)] * 2
     (x0, _), (more, more_y) = drawn[:2]
-    assert not torch.equal(more[: len(x0)], x0)
-    assert len(more) == len(more_y) == 50 and more_y.min() >= 0  # guidance takes none of its labels
+    assert not torch.equal(more[: len(x0)], x0) and len(more) == len(more_y) == 50
+    assert more_y.min() >= 0  # guidance takes none of its labels
 
 
 @pytest.mark.parametrize(
@@ -1194,7 +1217,7 @@ def test_a_training_that_begins_with_flow_matching_cannot_be_extended(training):
 
 def test_an_older_training_goes_on_without_what_is_newer(training, tmp_path):
     file = tmp_path / "run" / "checkpoint.pt"
-    older = "--steps", 2, "--flow-first", 0, "--reference", 0
+    older = "--steps", 2, "--flow-first", 0
     assert training(*older)[0] == 0
     checkpoint = meanflow.load_checkpoint(file)
     del checkpoint["args"]["flow_first"], checkpoint["args"]["reference"]
@@ -1430,7 +1453,8 @@ def joined_gradient(rank, world, lam, tangent):
 def worker(folder):
     """One of the processes that torchrun starts: two trainings, then the gradients of CASES."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    flags = "--steps", "2", "--flow-first", "0.5", "--log-every", "1", "--batch-size", "6", "--out"
+    flags = "--steps", "2", "--flow-first", "0.5", "--reference", "5", "--log-every", "1"
+    flags += "--batch-size", "6", "--out"
     images, nets = torch.randint(0, 256, (20, 1, 4, 4), dtype=torch.uint8), []
     nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="eager")
     for out, more in (folder / "eager", []), (folder / "compiled", ["--compile"]):
@@ -1732,7 +1756,7 @@ def test_what_is_no_checkpoint_is_named(trained, call, tmp_path, damage):
 @pytest.mark.parametrize(
     "flags",
     """--steps 0; --steps 1.5; --steps 99999999999999999999; --lr 0; --lr nan; --ema 1
-    --lambda-max 1.1; --guidance -1
+    --lambda-max 1.1; --guidance -1; --reference -1; --reference 1.5
     --lambda-schedule sine; --jump-share nan; --seed 9223372036854775808; --device gpu
     --amp fp16 --device cpu; --lambda-shedule linear; --lambda linear; --t-logit nan 1
     --t-logit 0 -1; --r-logit 0; --r-logit 0 inf; --flow-first 1.1

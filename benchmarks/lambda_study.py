@@ -54,7 +54,7 @@ SCHEDULES = {  # λ as flags of the training scripts
 TANGENTS = "conditional", "marginal"
 NETWORK = {"patch": 2, "width": 16, "multipliers": (1, 2)}
 RECIPE = train_mnist.RECIPE | {"optimizer": "adam", "ema": 0.99, "device": "cpu"}
-RECIPE |= {"flow_first": 0.0, "log_every": 10, "save_every": 10**6}
+RECIPE |= {"flow_first": 0.0, "reference": 0, "log_every": 10, "save_every": 10**6}
 COLUMNS = {  # of a table: the name among the results, the form of their mean and range
     "distance": ("distance", "{:.1f} ({:.1f} to {:.1f})"),
     "recall": ("recall", "{:.2f} ({:.2f} to {:.2f})"),
