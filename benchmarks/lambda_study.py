@@ -10,8 +10,7 @@ the right.
     python benchmarks/lambda_study.py                      # an hour on two cores
     python benchmarks/lambda_study.py --only gaussian      # three minutes
 
-The network is half as wide as that of train_mnist.py, with one block a level and self-attention in
-the lowest, and Adam trains it.
+The network has a width of 16, one block a level and self-attention in the lowest. Adam trains it.
 A finished run in --out is not repeated, so an interrupted study goes on with the same command.
 After a change of the code, delete that folder first. Of the runs that were interrupted it counts
 the last seconds only: delete their folders to time them.
