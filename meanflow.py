@@ -9,7 +9,7 @@ Conventions, the same in the code, the docstrings and the README
     x0, x1     data in [-1, 1] and noise ~ N(0, I), of any shape (B, ...)
     r <= t     times in [0, 1], of shape (B,); t = 0 is data, t = 1 is noise
     x_t        (1 - t) x0 + t x1, the path
-    v          x1 - x0, the velocity along it
+    v          x1 - x0, the velocity along it; with a `reference`, its mean over images
     u(x, r, t) the average velocity from r to t, what the network learns: x_r = x_t - (t - r) u
     dudt       du/dt, one Jacobian-vector product along (v, 0, 1) or along (u(x, t, t), 0, 1)
     lam        λ in [0, 1], the share of dudt's own gradient that is kept
@@ -240,8 +240,9 @@ def meanflow_loss(
     reference a pair: more images (M, ...), and their labels (M,), or None where y is not given.
               With it, `mean_velocity` takes the place of v, as target and as conditional tangent,
               which gave better one-step samples. Draw them as x0 is drawn, anew in each step: fixed
-              images, or the whole data set, would bias v. M may be 0, and should be many times the
-              number of labels; y must be integers (B,). Takes (B + M) numbers of float64 per pixel
+              images would bias v, as would all of the data, in which x0 is counted once more. M may
+              be 0, and should be many times the number of labels. y must be integers (B,). Takes
+              (B + M) numbers of float64 per pixel
     tangent   direction of du/dt: "conditional", the paper's v, with which λ > 0 made one-step
               samples lose their variety, or "marginal", u(x_t, t, t), as in improved MeanFlow
               (arXiv 2512.02012). With the latter, for p = 0, the true u is a stationary point for

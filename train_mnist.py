@@ -1,4 +1,4 @@
-"""Train Modular MeanFlow on MNIST: digits in one step, after half an hour on two CPU cores."""
+"""Train Modular MeanFlow on MNIST: digits in one step, after less than an hour on a CPU."""
 
 import torch
 from torchvision.datasets import MNIST
@@ -15,7 +15,7 @@ RECIPE = {
     "beta2": 0.99,
     "ema": 0.995,
     "flow_first": 0.25,  # flow matching, then MeanFlow with λ = 0
-    "reference": 1024,
+    "reference": 1024,  # for the mean of v, over about 100 images of a digit
     "jump_share": 0.5,
     "t_logit": [0.0, 1.6],  # t often near 1, where one step starts
     "r_logit": [-4.0, 1.6],  # r near 0, where it ends
