@@ -177,7 +177,7 @@ def mean_velocity(x_t, t, v, x0, y, reference):
     """
     more, more_y = reference
     images = torch.cat((x0, more)).flatten(1).double()  # float32 will not do where t is small
-    x, s = x_t.flatten(1).double(), t.double().clamp(min=1e-3)[:, None]
+    x, s = x_t.flatten(1).double(), t.double()[:, None]
     square = x.square().sum(1, True) - 2 * (1 - s) * (x @ images.T)
     square = square + (1 - s) ** 2 * images.square().sum(1)  # ||x_t - (1 - t) image||², (B, B + M)
     log_density = -square / (2 * s**2)

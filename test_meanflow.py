@@ -210,7 +210,7 @@ def test_the_mean_velocity_has_the_mean_of_v_and_less_variance(images, t):
     cases = list(itertools.product(points.double(), repeat=images))
     drawn = torch.tensor(cases).double()[..., None]  # (cases, images, 1), x0 first
     x1 = (x_t - (1 - t) * drawn[:, 0]) / t
-    weight = torch.exp(-(x1**2) / 2) / torch.exp(-(x1**2) / 2).sum()  # of a case, given x_t
+    weight = (-(x1**2) / 2).softmax(0)  # of a case, given x_t
     v = x1 - drawn[:, 0]
     at, times = torch.full((1, 1), x_t).double(), torch.full((1,), t).double()
     results = [
@@ -234,7 +234,7 @@ def test_the_mean_velocity_is_not_rounded_to_float32_or_less(amp):
         x = x_t[i].double(), t[i].double()
         exact = mean_over_images(*x, 0, images.double(), [0] * 40)
         assert (mean[i] - v[i]).norm() > 0.1
-        # of x_t and v themselves, in float32
+        # x_t and v themselves are float32
         assert_close(mean[i].double(), exact, rtol=1e-4, atol=1e-4)
 
 
@@ -269,12 +269,13 @@ def test_lambda_leaves_the_value_and_is_affine_in_the_gradient(tangent):
 def written_out(
     net, x0, y, lam, x1, r, t, reference=None, tangent="conditional", guidance=1.0, p=0.75, c=1e-3
 ):
-    """The loss as the papers write it, by another derivative and without a line of meanflow.py,
-    but for the mean of v."""
+    """The loss as the papers write it, by another derivative and without a line of meanflow.py."""
     x_t, v = (1 - t)[:, None] * x0 + t[:, None] * x1, x1 - x0
     with torch.no_grad():
         if reference:
-            v = meanflow.mean_velocity(x_t, t, v, x0, y, reference)
+            images, labels = map(torch.cat, zip((x0, y), reference, strict=True))
+            samples = zip(x_t, t, y, strict=True)
+            v = torch.stack([mean_over_images(*of_one, images, labels) for of_one in samples])
         if guidance != 1:
             guided = guidance * v + (1 - guidance) * net(x_t, t, t)
             v = torch.where((y >= 0)[:, None], guided, v)
@@ -1222,10 +1223,9 @@ def test_an_older_training_goes_on_without_what_is_newer(training, tmp_path):
     checkpoint = meanflow.load_checkpoint(file)
     del checkpoint["args"]["flow_first"], checkpoint["args"]["reference"]
     torch.save(checkpoint, file)
-    newer = "--flow-first", 0.25
-    assert "flow-first was 0.0, not 0.25" in one_line(training(*older, *newer, "--resume"))
-    newer = "--reference", 5
-    assert "reference was 0, not 5" in one_line(training(*older, *newer, "--resume"))
+    for name, was, now in ("flow-first", 0.0, 0.25), ("reference", 0, 5):
+        error = one_line(training(*older, f"--{name}", now, "--resume"))
+        assert f"{name} was {was}, not {now}" in error
     assert training(*older, "--resume")[0] == 0
 
 
