@@ -1,5 +1,7 @@
 """Train Modular MeanFlow on CIFAR-10: the published MeanFlow recipe, scaled to one GPU."""
 
+import argparse
+
 import torch
 from torchvision.datasets import CIFAR10
 
@@ -16,6 +18,7 @@ RECIPE = {  # beside it, what the authors of MeanFlow published with their code 
     "jump_share": 0.75,
     "t_logit": [-0.6, 1.6],  # in arXiv:2505.13447 r and t are two sorted draws of -2, 2
     "r_logit": [-4.0, 1.6],
+    "flip": True,
     "log_every": 100,
     "save_every": 5_000,
 }
@@ -35,31 +38,30 @@ TINY = {  # for one CPU core, under three hours
     "lr_decay": True,
     "beta2": 0.99,
     "ema": 0.998,
-    "jump_share": 0.5,
-    "t_logit": [0.0, 1.6],
-    "r_logit": [-4.0, 1.6],
-    "class_cond": True,
+    "flip": True,
     "guidance": 2.0,
-    "log_every": 20,
-    "save_every": 500,
 }
 TINY_NETWORK = {"width": 32, "multipliers": (1, 2, 4), "attention": 2, "patch": 2}
+PRESETS = {"gpu": (RECIPE, NETWORK), "tiny": (TINY, TINY_NETWORK)}
 
 
 def main(argv=None):
-    parser = train_parser(__doc__, **RECIPE)
-    parser.add_argument("--preset", choices=["tiny"], help="a network and recipe for a CPU")
-    network = NETWORK
-    if parser.parse_args(argv).preset == "tiny":
-        parser.set_defaults(**TINY)
-        network = TINY_NETWORK
+    preset = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+    preset.add_argument("--preset", default="gpu", choices=PRESETS)
+    recipe, network = PRESETS[preset.parse_known_args(argv)[0].preset]
+    parser = train_parser(__doc__, **recipe)
+    flag, switch = parser.add_argument, argparse.BooleanOptionalAction
+    flag("--preset", choices=PRESETS, default="gpu", help="tiny: a network and recipe for a CPU")
+    flag("--data", default="data", help="folder of CIFAR-10, downloaded if absent")
+    labelled = recipe is TINY  # its guidance needs them
+    flag("--class-cond", action=switch, default=labelled, help="condition on the labels")
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
     cifar = load_dataset(CIFAR10, args.data)
-    images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()  # uint8 (N, 3, 32, 32)
+    images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()  # (N, 3, 32, 32)
     labels = torch.tensor(cifar.targets) if args.class_cond else None
     model = UNet(channels=3, size=32, classes=10 if args.class_cond else 0, **network)
-    train(model, images, labels, args, flip=True)
+    train(model, images, labels, args)
 
 
 if __name__ == "__main__":

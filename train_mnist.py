@@ -1,5 +1,7 @@
 """Train Modular MeanFlow on MNIST: digits in one step, after less than an hour on a CPU."""
 
+import argparse
+
 import torch
 from torchvision.datasets import MNIST
 
@@ -16,10 +18,6 @@ RECIPE = {
     "ema": 0.995,
     "flow_first": 0.25,  # flow matching, then MeanFlow with λ = 0
     "reference": 1024,  # for the mean of v, over about 100 images of a digit
-    "jump_share": 0.5,
-    "t_logit": [0.0, 1.6],  # t often near 1, where one step starts
-    "r_logit": [-4.0, 1.6],  # r near 0, where it ends
-    "class_cond": True,
 }
 NETWORK = {  # 0.7M parameters
     "patch": 2,  # pixels become 2x2 patches: convolutions at 14x14 and 7x7
@@ -31,7 +29,11 @@ NETWORK = {  # 0.7M parameters
 
 
 def main(argv=None):
-    args = train_parser(__doc__, **RECIPE).parse_args(argv)
+    parser = train_parser(__doc__, **RECIPE)
+    parser.add_argument("--data", default="data", help="folder of MNIST, downloaded if absent")
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--class-cond", action=switch, default=True, help="use the labels")
+    args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
     mnist = load_dataset(MNIST, args.data)
     labels = mnist.targets if args.class_cond else None
