@@ -69,8 +69,8 @@ def sample_times(
     t_logit  mean and standard deviation of the normal draws of logit(t)
     r_logit  the same for r, which is then clipped to t, so that a few of the first have
              r = t, too; None: t is the larger and r the smaller of two draws of t_logit
-    The defaults reach r = 0 and t = 1, the ends of a one-step jump. MeanFlow's for ImageNet
-    are t_logit=(-0.4, 1.0), r_logit=None.
+    The defaults come near r = 0 and t = 1, the ends of a one-step jump. MeanFlow's for
+    ImageNet are t_logit=(-0.4, 1.0), r_logit=None.
     """
     normal = lambda mean, std: mean + std * torch.randn(n, device=device, dtype=dtype)
     t, other = normal(*t_logit).sigmoid(), normal(*(r_logit or t_logit)).sigmoid()
@@ -114,11 +114,11 @@ def lambda_schedule(name, *, warmup, maximum=1.0):
 # The MeanFlow identity v = u + (t - r) du/dt as a loss ---------------------------------
 
 # A model is a callable u(x, r, t) or, with labels, u(x, r, t, y), shaped like x. It must
-# treat samples one by one, which batch norm in training mode does not, and be smooth in r
-# and t, with low frequencies only, since du/dt grows with them. A step calls it two to four
-# times, on parts of the batch, inside torch.func.jvp, and partly without a graph. So it may
-# keep nothing between calls (caches, stored losses, lazy weights, backward hooks,
-# parametrize.cached), and what belongs to a sample must be part of y.
+# - treat samples one by one, which batch norm in training mode does not;
+# - be smooth in r and t, with low frequencies only, since du/dt grows with them;
+# - take all that belongs to a sample as y: a step calls it on parts of the batch;
+# - keep nothing between these calls, some in torch.func.jvp and some without a graph: no
+#   caches, stored losses, lazy weights, backward hooks or parametrize.cached.
 
 
 def evaluate(model, x, r, t, y=None):
@@ -163,7 +163,7 @@ def meanflow_loss(
     direction  velocity (jumps, ...) along which du/dt is taken; None: v, the paper's
     p, c       power and offset of the adaptive weight; p = 0 is the plain squared error
     Returns the scalar loss and, for a log, the detached mean of e² in each sample, (B,).
-    Raises ValueError for λ and times out of range, unless they would have to be fetched.
+    Raises ValueError for λ and times out of range, if they are on the CPU.
     """
     k = len(t) if jumps is None else jumps
     if is_at_hand(lam) and not 0 <= lam <= 1:
@@ -189,7 +189,7 @@ def meanflow_loss(
 
 
 def is_at_hand(z):
-    """Whether a value can be read without waiting for a GPU or breaking a graph."""
+    """Whether a value can be read without waiting for a GPU or breaking a compiled graph."""
     on_cpu = not torch.is_tensor(z) or z.device.type == "cpu"
     return on_cpu and not torch.compiler.is_compiling()
 
@@ -204,8 +204,9 @@ class Objective(nn.Module):
     tangent     direction of du/dt: "conditional", the paper's v, or "marginal", the mean of
                 v that the network estimates, `marginal_velocity`
     guidance    ω of `guided_velocity`, which needs labels; 1 is off
-    reference   images and their labels, or None, for `mean_velocity`
-    Raises ValueError for another tangent, and for a share that is none or all of a batch.
+    A call may have another jump_share and a `reference`, images and their labels or None,
+    for `mean_velocity`. Raises ValueError for another tangent, and for a jump_share that is
+    not in [0, 1] or, rounded, none or all of a batch though it is neither 0 nor 1.
     """
 
     def __init__(
@@ -236,8 +237,9 @@ class Objective(nn.Module):
         if self.tangent == "marginal" and k:
             y_jump = None if y is None else y[:k]
             direction = marginal_velocity(self.model, x_t[:k], t[:k], y_jump)
-        options = {"jumps": k, "direction": direction, **self.weight}
-        return meanflow_loss(self.model, x_t, v, r, t, lam, y, **options)
+        return meanflow_loss(
+            self.model, x_t, v, r, t, lam, y, jumps=k, direction=direction, **self.weight
+        )
 
 
 # Other velocities than a sample's own --------------------------------------------------
@@ -307,7 +309,7 @@ def has_label(y):
 def sample(model, x1, *, steps=1, y=None, times=None):
     """Return x0 (B, ...), made from the noise x1 by steps x_r = x_t - (t - r) u(x_t, r, t).
 
-    model  as above; a Module is run in eval mode, any other callable as it is
+    model  as above; a Module is put into eval mode and, as a whole, back again
     x1     noise (B, ...) ~ N(0, I), which sets device and dtype
     steps  number of network evaluations, at least 1, on an even grid from t = 1 to 0
     y      labels (B, ...) for a model that takes them
@@ -317,7 +319,7 @@ def sample(model, x1, *, steps=1, y=None, times=None):
     even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     grid = [float(t) for t in (even if times is None else times)]
     if grid[:1] + grid[-1:] != [1, 0] or any(r >= t for t, r in pairwise(grid)):
-        raise ValueError(f"times must decrease from 1 to 0, got {grid} for {steps=}")
+        raise ValueError(f"times must decrease from 1 to 0, got {grid}")
     at = lambda time: x1.new_full(x1.shape[:1], time)
     x = x1.to(torch.promote_types(x1.dtype, torch.float32))  # as many steps add up
     training = isinstance(model, nn.Module) and model.training
@@ -488,7 +490,7 @@ class Embedding(nn.Module):
     def __init__(self, features, classes):
         super().__init__()
         self.label = nn.Embedding(1 + classes, features)  # the first row is "no label"
-        self.time = nn.Linear(20, features)  # of 2 times 5 sines and cosines
+        self.time = nn.Linear(20, features)  # cos, sin of 5 angles of 2 times
         self.mix = nn.Linear(features, features)
 
     def forward(self, r, t, y):
@@ -692,6 +694,8 @@ def train(model, images, labels, args):
     """
     settings = {name: checked(name, *SETTINGS[name], getattr(args, name)) for name in SETTINGS}
     args = argparse.Namespace(**settings)
+
+    # where to train, and into which folder
     names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"  # torchrun sets them all
     launched = all(os.environ.get(name) for name in names)
     rank, world = (int(os.environ[name]) for name in names[:2]) if launched else (0, 1)
@@ -705,7 +709,8 @@ def train(model, images, labels, args):
             lock = FileLock(out / ".lock")  # against another training, until this one ends
             lock.acquire(timeout=0)
 
-    UNet(**model.config).load_state_dict(model.state_dict())  # fails now, or never
+    # what is trained, and where that left off
+    UNet(**model.config).load_state_dict(model.state_dict())  # fails now, not in load_model
     images, labels = images.to(device), None if labels is None else labels.to(device)
     average = copy.deepcopy(model.to(device).train())
     adam = torch.optim.Adam(model.parameters(), betas=(0.9, args.beta2), fused=True)
@@ -719,6 +724,7 @@ def train(model, images, labels, args):
     past = {"unet": model.config, "settings": settings | {"processes": world}}
     start, seconds = resume(out, parts, past, rank)
 
+    # how it is trained
     modulated = args.lambda_schedule != "none" and args.lambda_max > 0
     tangent = args.tangent
     if tangent == "auto":  # λ > 0 along the conditional one costs variety, see the README
@@ -765,7 +771,7 @@ def train(model, images, labels, args):
         others = float(lam), int((~finite).sum()), args.batch_size / pace, seconds
         row = dict(zip(COLUMNS, (step, *means, *others), strict=True))
         if row["skipped"] == len(recent) >= 20:
-            raise UserError(f"no finite gradient from step {step - 19} on: a lower --lr?")
+            raise UserError(f"no finite gradient in {len(recent)} steps to {step}: a lower --lr?")
         if rank == 0:
             report(row, args, flow_steps, pace)
             if saves:
@@ -858,7 +864,7 @@ class Muon(torch.optim.Muon):
     def __init__(self, model):
         layers = [layer for layer in model.levels.modules() if isinstance(layer, nn.Conv2d)]
         self.kernels = [z.weight for z in layers if z.weight.requires_grad]
-        matrices = [nn.Parameter(kernel.detach().flatten(1)) for kernel in self.kernels]
+        matrices = [nn.Parameter(z.detach().view(len(z), -1)) for z in self.kernels]
         super().__init__(matrices, momentum=0.9, adjust_lr_fn="match_rms_adamw")
 
     def step(self, finite):
@@ -928,10 +934,10 @@ def resume(out, parts, past, rank):
             lines = log.read_text(errors="replace").splitlines()
             step = lambda line: line.split(",")[0]
             lines = [z for z in lines if step(z).isdigit() and int(step(z)) < row["step"]]
-            partial = out / ".log.csv.partial"
-            partial.write_text("\n".join([",".join(COLUMNS), *lines, ""]))
-            append(partial, row)
-            os.replace(partial, log)
+            shorter = out / ".log.csv.partial"
+            shorter.write_text("\n".join([",".join(COLUMNS), *lines, ""]))
+            append(shorter, row)
+            os.replace(shorter, log)
     return row["step"], row["seconds"]
 
 
@@ -963,7 +969,8 @@ def load_checkpoint(file):
     """Return the dict that `train` saved. Raises UserError for another file or for none."""
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        return checkpoint | {"unet": checkpoint["unet"], "ema": checkpoint["ema"]}
+        checkpoint["unet"], checkpoint["ema"]  # which other files do not have
+        return checkpoint
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
     except Exception as error:  # torch.load raises anything for what it does not know
@@ -1035,7 +1042,8 @@ def checked(name, default, allowed, meaning, value):
         value = value if allowed else str(value).strip()
         right = value in allowed if allowed else value
     if not right:
-        raise UserError(f"{name} must be in {allowed or 'a folder'}, got {value!r}")
+        wanted = f"in {allowed}" if allowed else "a name"
+        raise UserError(f"{name} must be {wanted}, got {value!r}")
     return value
 
 

@@ -111,9 +111,9 @@ def trained(lam, tangent, steps=3000, batch=512):
     model = Plane()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    times = {"jump_share": 0.75, "t_logit": (0.0, 1.6), "r_logit": (-4.0, 1.6)}
+    objective = meanflow.Objective(model, jump_share=0.75, tangent=tangent)
     for _ in range(steps):
-        loss, _ = meanflow.meanflow_loss(model, moons(batch), lam, tangent=tangent, **times)
+        loss, _ = objective(moons(batch), lam)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
