@@ -45,7 +45,7 @@ from torch.overrides import TorchFunctionMode
 
 def expand(t, x):
     """Return t (B,) as (B, 1, ...), so that it multiplies the samples of x (B, ...)."""
-    return t.view(t.shape + (1,) * (x.ndim - 1))
+    return t.view(-1, *[1] * (x.ndim - 1))
 
 
 def path(x0, x1, t):
@@ -163,9 +163,12 @@ def meanflow_loss(
     direction  velocity (jumps, ...) along which du/dt is taken; None: v, the paper's
     p, c       power and offset of the adaptive weight; p = 0 is the plain squared error
     Returns the scalar loss and, for a log, the detached mean of e² in each sample, (B,).
-    Raises ValueError for λ and times out of range, if they are on the CPU.
+    Raises ValueError for other shapes, and for λ or times on the CPU that are out of range.
     """
     k = len(t) if jumps is None else jumps
+    if not (v.shape == x_t.shape and r.shape == t.shape == x_t.shape[:1]):
+        shapes = [tuple(z.shape) for z in (x_t, v, r, t)]
+        raise ValueError(f"x_t, v must be (B, ...), r, t (B,), got {shapes}")
     if is_at_hand(lam) and not 0 <= lam <= 1:
         raise ValueError(f"lam must be in [0, 1], got {lam}")
     if is_at_hand(t) and ((r < 0) | (r > t) | (t > 1)).any() | (r < t)[k:].any():
@@ -270,6 +273,8 @@ def mean_velocity(x_t, t, v, x0, y, reference):
     Takes (B + M) float64 numbers per pixel. Where t < 0.001 the result is v.
     """
     more, more_y = reference
+    if not more.is_floating_point():
+        raise ValueError(f"reference must be floating point like x0, got {more.dtype}")
     images = torch.cat((x0, more)).flatten(1).double()  # t may be small: float32 won't do
     x, s = x_t.flatten(1).double(), t.double()[:, None]
     square = x.square().sum(1, True) - 2 * (1 - s) * (x @ images.T)
@@ -318,7 +323,7 @@ def sample(model, x1, *, steps=1, y=None, times=None):
     """
     even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     grid = [float(t) for t in (even if times is None else times)]
-    if grid[:1] + grid[-1:] != [1, 0] or any(r >= t for t, r in pairwise(grid)):
+    if grid[:1] + grid[-1:] != [1, 0] or not all(r < t for t, r in pairwise(grid)):
         raise ValueError(f"times must decrease from 1 to 0, got {grid}")
     at = lambda time: x1.new_full(x1.shape[:1], time)
     x = x1.to(torch.promote_types(x1.dtype, torch.float32))  # as many steps add up
@@ -343,9 +348,9 @@ class DerivativeRules(TorchFunctionMode):
     PyTorch's derivatives of layer norm and instance norm take mean and deviation for
     constants when differentiated again, as λ > 0 does; that of group norm does not compile;
     those of linear layers and convolutions waste time on the tangent of the weights, which
-    is zero. Attention is left to `attention`, all else to PyTorch. It does not matter who
-    calls the functions, torch's layers or your network; only calls that torch's own
-    functions make, as in F.multi_head_attention_forward, are not seen.
+    is zero; that of SiLU takes eight kernels for one. Attention is left to `attention`, all
+    else to PyTorch. It does not matter who calls the functions, torch's layers or your
+    network; only calls that torch's own functions make are not seen.
     gradients=False keeps no graph of the tangents that the rules make, as λ = 0 allows.
     Raises NotImplementedError for operators of other libraries without forward mode.
     """
@@ -359,6 +364,7 @@ class DerivativeRules(TorchFunctionMode):
         if function in ATTENTION:
             return attention(function, args, kwargs)
         rule, foreign = RULES.get(function), is_foreign(function)
+        rule = None if kwargs.get("inplace") else rule  # which would change x before its rule
         if not (rule or foreign) or not has_tangent(*args, *kwargs.values()):
             return function(*args, **kwargs)
         if foreign:
@@ -465,10 +471,19 @@ def instance_norm_rule(x, dx, running_mean=None, running_var=None, weight=None, 
     return group_norm_rule(x, dx, x.shape[1], weight, bias, eps)
 
 
+def silu_rule(x, dx, *, inplace=False):
+    """y = x s, s = 1 / (1 + exp(-x)):  dy = s (1 + x (1 - s)) dx."""
+    if not torch.is_grad_enabled():
+        return torch.ops.aten.silu_backward(dx, x)  # in one kernel, which has no derivative
+    s = torch.sigmoid(x)
+    return dx * torch.addcmul(s, x * s, 1 - s)
+
+
 RULES = {f: partial(linear_rule, f) for f in (F.linear, F.conv1d, F.conv2d, F.conv3d)}
 RULES[F.layer_norm] = layer_norm_rule
 RULES[F.group_norm] = group_norm_rule
 RULES[F.instance_norm] = instance_norm_rule
+RULES[F.silu] = silu_rule
 
 
 # A U-Net for u(x, r, t), of torch's own layers -----------------------------------------
@@ -693,26 +708,31 @@ def train(model, images, labels, args):
     user can mend.
     """
     settings = {name: checked(name, *SETTINGS[name], getattr(args, name)) for name in SETTINGS}
-    args = argparse.Namespace(**settings)
-
-    # where to train, and into which folder
+    args, out = argparse.Namespace(**settings), Path(settings["out"])
     names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"  # torchrun sets them all
     launched = all(os.environ.get(name) for name in names)
     rank, world = (int(os.environ[name]) for name in names[:2]) if launched else (0, 1)
     check_data(model, images, labels, args, world)
-    out, device, n = Path(args.out), torch.device(args.device), args.batch_size // world
-    if world > 1 and device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    UNet(**model.config).load_state_dict(model.state_dict())  # fails now, not in load_model
+    lock = FileLock(out / ".lock")  # against another training in the folder
     if rank == 0:
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(out / ".lock")  # against another training, until this one ends
             lock.acquire(timeout=0)
+    try:
+        return fit(model, images, labels, args, rank, world)
+    finally:
+        lock.release()
 
-    # what is trained, and where that left off
-    UNet(**model.config).load_state_dict(model.state_dict())  # fails now, not in load_model
+
+def fit(model, images, labels, args, rank, world):
+    """Do what `train` promises, as process `rank` of `world`, in a folder without another."""
+    out, device, n = Path(args.out), torch.device(args.device), args.batch_size // world
+    if world > 1 and device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     images, labels = images.to(device), None if labels is None else labels.to(device)
-    average = copy.deepcopy(model.to(device).train())
+    model.to(device, memory_format=torch.channels_last).train()  # faster convolutions
+    average = copy.deepcopy(model)
     adam = torch.optim.Adam(model.parameters(), betas=(0.9, args.beta2), fused=True)
     muon = Muon(model) if args.optimizer == "muon" else None
     low = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -721,10 +741,9 @@ def train(model, images, labels, args):
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     parts = {"model": model, "ema": average, "adam": adam, "scaler": scaler}
     parts |= {"muon": muon} if muon else {}
-    past = {"unet": model.config, "settings": settings | {"processes": world}}
+    past = {"unet": model.config, "settings": vars(args) | {"processes": world}}
     start, seconds = resume(out, parts, past, rank)
 
-    # how it is trained
     modulated = args.lambda_schedule != "none" and args.lambda_max > 0
     tangent = args.tangent
     if tangent == "auto":  # λ > 0 along the conditional one costs variety, see the README
@@ -754,8 +773,8 @@ def train(model, images, labels, args):
         with torch.autocast(device.type, PRECISIONS[amp], enabled=amp != "off"):
             loss, err = objective(x0, lam, y, reference=more, jump_share=share)
         norm = update(loss, model, adam, muon, scaler, learning_rate(done, args))
-        # the average starts from the weights after the first step
-        blend = get_ema_multi_avg_fn(args.ema if done else 0.0)
+        # short at first, so that the average soon forgets the initial weights
+        blend = get_ema_multi_avg_fn(min(args.ema, done / (done + 9)))
         blend([*average.parameters()], [*model.parameters()], None)
 
         step, k = done + 1, round(share * n)
@@ -773,14 +792,14 @@ def train(model, images, labels, args):
         if row["skipped"] == len(recent) >= 20:
             raise UserError(f"no finite gradient in {len(recent)} steps to {step}: a lower --lr?")
         if rank == 0:
-            report(row, args, flow_steps, pace)
-            if saves:
+            if saves:  # the picture first, as a later one would not make up for it
+                with writing(out, needed=False):
+                    save_images(draw(average, 80, seed=args.seed), out / f"step-{step:06}.png")
                 states = {name: part.state_dict() for name, part in parts.items()}
                 save(past | states | {"row": row}, out / "checkpoint.pt")
             with writing(out, needed=False):
                 append(out / "log.csv", row)
-                if saves:
-                    save_images(draw(average, 80, seed=args.seed), out / f"step-{step:06}.png")
+            report(row, args, flow_steps, pace)
         recent, mark = [], time.perf_counter()  # saving is no part of the pace
     if rank == 0:
         with writing(out, needed=False):
@@ -794,12 +813,13 @@ def check_data(model, images, labels, args, world):
     """Raise UserError for data and settings that do not fit the model or each other."""
     n, share, classes = args.batch_size // world, args.jump_share, model.classes
     if images.dtype != torch.uint8 or images.shape[1:] != model.shape:
-        wanted, got = ("N", *model.shape), f"{images.dtype} {tuple(images.shape)}"
+        wanted, got = ("N", *model.shape), (type(images), images.dtype, tuple(images.shape))
         raise UserError(f"images must be uint8 ({', '.join(map(str, wanted))}), got {got}")
     if (labels is None) == (classes > 0) or (labels is None and args.guidance != 1):
         raise UserError("labels, a UNet with classes and --guidance need each other")
-    if classes and (len(labels) != len(images) or labels.min() < 0 or labels.max() >= classes):
-        raise UserError(f"labels must be {len(images)} integers from 0 to {classes - 1}")
+    whole = classes and labels.dtype == torch.int64 and labels.shape == images.shape[:1]
+    if classes and not (whole and labels.min() >= 0 and labels.max() < classes):
+        raise UserError(f"labels must be {len(images)} int64 from 0 to {classes - 1}")
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size} is no multiple of {world} processes")
     if 0 < share < 1 and round(share * n) in (0, n):
@@ -857,20 +877,22 @@ def update(loss, model, adam, muon, scaler, lr):
 class Muon(torch.optim.Muon):
     """torch's Muon for the convolutions of a UNet between the first and the last one.
 
-    It sees each kernel as a matrix (outputs, all else) that shares the kernel's storage.
+    It sees each kernel as a matrix (outputs, all else) that shares the kernel's storage,
+    which `train` lays out as channels_last.
     Updates have the size (RMS) of Adam's, after Liu et al. 2025, arXiv:2502.16982.
     """
 
     def __init__(self, model):
         layers = [layer for layer in model.levels.modules() if isinstance(layer, nn.Conv2d)]
         self.kernels = [z.weight for z in layers if z.weight.requires_grad]
-        matrices = [nn.Parameter(z.detach().view(len(z), -1)) for z in self.kernels]
+        matrices = [z.detach().permute(0, 2, 3, 1).view(len(z), -1) for z in self.kernels]
+        matrices = [nn.Parameter(matrix) for matrix in matrices]
         super().__init__(matrices, momentum=0.9, adjust_lr_fn="match_rms_adamw")
 
     def step(self, finite):
         """Use up the kernels' gradients, so that Adam finds none; step if `finite`."""
         for matrix, kernel in zip(self.param_groups[0]["params"], self.kernels, strict=True):
-            matrix.grad, kernel.grad = kernel.grad.flatten(1), None
+            matrix.grad, kernel.grad = kernel.grad.permute(0, 2, 3, 1).flatten(1), None
         if finite:  # this waits for a GPU, unlike Adam's found_inf
             with Float32OnCPU():
                 super().step()
@@ -920,7 +942,7 @@ def resume(out, parts, past, rank):
         if existing and rank == 0:
             raise UserError(f"{existing[0]} exists: --resume, or name another --out")
         return 0, 0.0
-    checkpoint = load_checkpoint(file)
+    checkpoint = load_checkpoint(file, *past, *parts, "row")
     was, now = (each["unet"] | each["settings"] for each in (checkpoint, past))
     for name in now.keys() - MAY_CHANGE:
         if was.get(name) != now[name]:
@@ -934,21 +956,23 @@ def resume(out, parts, past, rank):
             lines = log.read_text(errors="replace").splitlines()
             step = lambda line: line.split(",")[0]
             lines = [z for z in lines if step(z).isdigit() and int(step(z)) < row["step"]]
-            shorter = out / ".log.csv.partial"
-            shorter.write_text("\n".join([",".join(COLUMNS), *lines, ""]))
-            append(shorter, row)
-            os.replace(shorter, log)
+            replace(log, "\n".join([",".join(COLUMNS), *lines, ""]).encode())
+            append(log, row)
     return row["step"], row["seconds"]
 
 
 def save(content, file):
-    """torch.save in one move, so that a kill or a full disk leaves the old file whole."""
+    torch.save(content, buffer := io.BytesIO())
+    with writing(file):
+        replace(file, buffer.getbuffer())
+
+
+def replace(file, content):
+    """Write the bytes in one move, so that a kill or a full disk leaves the old file whole."""
     temporary = file.with_name(f".{file.name}.partial")
-    torch.save(content, buffer := io.BytesIO())  # whose errors name no file
     try:
-        with writing(file):
-            temporary.write_bytes(buffer.getbuffer())
-            os.replace(temporary, file)
+        temporary.write_bytes(content)
+        os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -965,12 +989,11 @@ def writing(place, needed=True):
         print(message, flush=True)
 
 
-def load_checkpoint(file):
-    """Return the dict that `train` saved. Raises UserError for another file or for none."""
+def load_checkpoint(file, *names):
+    """Return what `train` saved under the names. Raises UserError for another file or none."""
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        checkpoint["unet"], checkpoint["ema"]  # which other files do not have
-        return checkpoint
+        return {name: checkpoint[name] for name in names}
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
     except Exception as error:  # torch.load raises anything for what it does not know
@@ -979,16 +1002,17 @@ def load_checkpoint(file):
 
 def load_model(file):
     """Return the UNet with the averaged weights that `train` saved, in eval mode."""
-    checkpoint = load_checkpoint(file)
+    checkpoint = load_checkpoint(file, "unet", "ema")
     model = UNet(**checkpoint["unet"])
     model.load_state_dict(checkpoint["ema"])
     return model.eval()
 
 
-def load_dataset(dataset, folder):
+def load_dataset(dataset, folder, files):
     """Return torchvision's training set `dataset` in the folder, or download it there.
 
-    Nothing is written before the download is complete. Raises UserError if it fails.
+    Nothing is written before the download is complete. If it fails, a UserError says which
+    `files` belong into the folder.
     """
     try:
         with suppress(RuntimeError):  # it is not there
@@ -998,8 +1022,8 @@ def load_dataset(dataset, folder):
             copytree(temporary, folder, dirs_exist_ok=True)
         return dataset(folder)
     except Exception as error:  # as many kinds as there are faults of servers and of files
-        missing = f"no complete {dataset.__name__} in {folder}, and no download: {error}"
-        raise UserError(f"{missing}: copy it there, or name its folder") from error
+        missing = f"no complete {dataset.__name__} in {folder}, and no download ({error})"
+        raise UserError(f"{missing}: put {files} into {folder}") from error
 
 
 def draw(model, num, *, steps=1, seed=0, label=-1):
@@ -1022,7 +1046,9 @@ def save_images(images, file):
 
     if images.shape[-3] != 3:
         images = images.movedim(-3, -2).flatten(-2).unsqueeze(-3)  # (B, 1, H, C W)
-    save_image(images, file, "png", nrow=10, normalize=True, value_range=(-1, 1))
+    buffer, options = io.BytesIO(), {"normalize": True, "value_range": (-1, 1)}
+    save_image(images, buffer, "png", nrow=10, **options)
+    replace(Path(file), buffer.getbuffer())
 
 
 # The command line ----------------------------------------------------------------------
@@ -1031,16 +1057,20 @@ def save_images(images, file):
 def checked(name, default, allowed, meaning, value):
     """Return the value of a setting, a flag's text or a recipe's value, in its plain type.
     Raises UserError, naming it, for one that is not allowed."""
-    if isinstance(value, (list, tuple)):  # a pair
-        return [checked(name, default, allowed, meaning, each) for each in value]
+    if isinstance(default, list) and not isinstance(value, str):  # a pair, not yet one of it
+        first, second = value
+        return [checked(name, default, allowed, meaning, str(z)) for z in (first, second)]
     if isinstance(allowed, tuple):
         kind = type(default[0] if isinstance(default, list) else default)
         with suppress(ValueError):
             value = kind(str(value))  # 1.5 is no int
         right = isinstance(value, kind) and allowed[0] <= value <= allowed[1]
+    elif allowed:
+        right = value in allowed
+        value = allowed[allowed.index(value)] if right else value  # not one of numpy's
     else:
-        value = value if allowed else str(value).strip()
-        right = value in allowed if allowed else value
+        value = str(value).strip()
+        right = value != ""
     if not right:
         wanted = f"in {allowed}" if allowed else "a name"
         raise UserError(f"{name} must be {wanted}, got {value!r}")
@@ -1090,7 +1120,7 @@ def run(main, argv=None):
 
 
 DRAWING = {  # settings of `main`, like SETTINGS
-    "steps": (1, COUNT, "network evaluations per image"),
+    "steps": (1, (1, 10_000), "network evaluations per image"),
     "num": (80, COUNT, "number of images"),
     "label": (-1, (-1, 10**9), "class of all images; -1: each class in turn"),
     "out": ("samples.png", None, "a .png for a grid, or a new folder for single images"),

@@ -21,6 +21,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torchvision.io import read_image
 
 import meanflow
 import train_cifar
@@ -425,6 +426,8 @@ LAYERS = {  # a layer or function and the shape of a sample
         lambda x: F.conv2d(x, x.reshape(-1, 6, 2, 2)[:3], x.flatten()[:3]), IMAGE),
     "a convolution of which only the bias depends on x": (
         lambda x: F.conv2d(x, ONES.to(x).view(1, 6, 1, 1), x.sin().flatten()[:1]), IMAGE),
+    "SiLU": (nn.SiLU(), VECTOR),
+    "SiLU in place": (lambda x: x * F.silu(x, inplace=True), VECTOR),
     "group norm": (nn.GroupNorm(2, 6), IMAGE),
     "a group norm whose weight depends on x": (
         lambda x: F.group_norm(x, 2, x.mean((0, 2, 3)), x.sum((0, 2, 3))), IMAGE),
@@ -767,6 +770,10 @@ loss_of = lambda model=u, r=R, t=T, lam=0.0, **options: meanflow_loss(
         (lambda: loss_of(t=T * 2), "t <= 1"),
         (lambda: loss_of(r=-R), "0 <= r"),
         (lambda: loss_of(jumps=2), "r = t from sample 2 on"),
+        (lambda: loss_of(r=R[:1], t=T[:1]), r"r, t \(B,\), got.*\(1,\)"),
+        (lambda: loss_of(r=R[:, None], t=T[:, None]), r"r, t \(B,\), got.*\(4, 1\)"),
+        (lambda: meanflow_loss(u, X, X[:1], R, T, 0.0), r"v must be.*\(1, 3\)"),
+        (lambda: mean_velocity(X, T, X, X, None, (X.byte(), None)), "reference.*uint8"),
         (lambda: loss_of(lambda x, r, t: x[:1]), r"model must.*\(4, 3\).*\(1, 3\)"),
         (lambda: loss_of(lambda x, r, t: (x, t)), "model must return.*tuple"),
         (lambda: Objective(u, tangent="true"), "tangent.*'true'"),
@@ -868,7 +875,7 @@ def one_line(result):
 
 
 def checkpoint_of(out):
-    return meanflow.load_checkpoint(out / "checkpoint.pt")
+    return torch.load(out / "checkpoint.pt", weights_only=True)
 
 
 def weights(out):
@@ -935,7 +942,9 @@ def test_a_short_training_draws_the_image_of_its_label(tmp_path):
     assert black.max() < -0.6 and white.min() > 0.6, brightness
 
 
-def test_the_average_is_that_of_the_weights_from_step_1_on(training, tmp_path, monkeypatch):
+def test_the_average_is_short_at_first_and_as_long_as_asked_for_later(
+    training, tmp_path, monkeypatch
+):
     seen, update = [], meanflow.update
 
     def recorded(loss, model, *rest):
@@ -944,12 +953,13 @@ def test_the_average_is_that_of_the_weights_from_step_1_on(training, tmp_path, m
         return norm
 
     monkeypatch.setattr(meanflow, "update", recorded)
-    assert training("--steps", 4, "--ema", 0.7)[0] == 0
-    expected, *later = seen
-    for weights in later:
-        expected = [0.7 * a + 0.3 * b for a, b in zip(expected, weights, strict=True)]
+    assert training("--steps", 4, "--ema", 0.2)[0] == 0
+    expected, *later = seen  # after the first step
+    for decay, weights in zip((1 / 10, 2 / 11, 0.2), later, strict=True):
+        pairs = zip(expected, weights, strict=True)
+        expected = [decay * a + (1 - decay) * b for a, b in pairs]
     average = meanflow.load_model(tmp_path / "run" / "checkpoint.pt")
-    assert len(later) == 3 and not average.training
+    assert not average.training
     for parameter, value in zip(average.parameters(), expected, strict=True):
         assert_close(parameter.detach(), value)
 
@@ -1038,7 +1048,7 @@ def test_channels_that_are_no_colours_are_drawn_side_by_side(tmp_path, channels)
     image = torch.full((channels, 5, 3), -1.0)
     image[-1] = 1
     meanflow.save_images(image, tmp_path / "image.png")
-    pixels = torch.tensor(Image.open(tmp_path / "image.png").convert("L").getdata()).view(5, -1)
+    pixels = read_image(str(tmp_path / "image.png"))[0]
     assert (pixels[:, :-3] == 0).all() and (pixels[:, -3:] == 255).all()
     assert pixels.shape[1] == 3 * channels
 
@@ -1057,13 +1067,24 @@ def test_meanflow_py_works_alone_and_can_be_cut_where_training_begins(tmp_path):
     assert loss > 0 and names["sample"](net, x).shape == x.shape and "argparse" not in names
 
 
+def test_the_digits_that_come_along_are_in_their_place():
+    """Of real digits, the mean image of their class is the nearest of the ten in four of five."""
+    images, labels = train_mnist.digits()
+    assert images.shape == (10_000, 1, 28, 28) and labels.bincount().tolist() == [1000] * 10
+    images = images.float().flatten(1)
+    means = torch.stack([images[labels == digit].mean(0) for digit in range(10)])
+    assert (torch.cdist(images, means).argmin(1) == labels).float().mean() > 0.8
+    edges = images.view(-1, 28, 28)[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert (edges == 0).all()  # no image is cut: all corners are black
+
+
 @pytest.mark.parametrize("script", [train_mnist, train_cifar])
 def test_the_scripts_train_and_draw(script, call, tmp_path, monkeypatch):
     name, size = ("MNIST", 28) if script is train_mnist else ("CIFAR10", 32)
     pixels, labels = torch.randint(0, 256, (100, size, size, 3)).byte(), torch.arange(100) % 10
 
     class Dataset:  # of torchvision
-        def __init__(self, folder):
+        def __init__(self, folder, **options):
             assert folder == "there"
             grey = name == "MNIST"
             self.data = pixels[..., 0] if grey else pixels.numpy()
@@ -1098,7 +1119,7 @@ def test_batches_are_mirrored_and_lose_labels_as_asked():
 
 def test_muon_takes_the_inner_kernels_and_adam_the_rest():
     """Adam's first step is lr everywhere; Muon's largest singular value gives it that size, too."""
-    net = small_unet(size=8).float()
+    net = small_unet(size=8).float().to(memory_format=torch.channels_last)
     muon = meanflow.Muon(net)
     adam = torch.optim.Adam(net.parameters(), fused=True)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -1293,7 +1314,8 @@ def test_an_isolated_nan_skips_that_update(training, tmp_path, monkeypatch):
     checkpoint = checkpoint_of(tmp_path / "run")
     assert {int(parameter["step"]) for parameter in checkpoint["adam"]["state"].values()} == {4}
     momenta = [kernel["momentum_buffer"] for kernel in checkpoint["muon"]["state"].values()]
-    assert len(momenta) == len(meanflow.Muon(UNet(**checkpoint["unet"])).kernels)
+    net = UNet(**checkpoint["unet"]).to(memory_format=torch.channels_last)
+    assert len(momenta) == len(meanflow.Muon(net).kernels)
     assert all(momentum.isfinite().all() for momentum in momenta)
 
 
@@ -1309,17 +1331,19 @@ def test_lasting_nans_end_training_and_a_lower_rate_goes_on(training, tmp_path, 
 def test_a_full_disk_leaves_the_last_checkpoint(training, tmp_path):
     resource = pytest.importorskip("resource")
     assert training("--steps", 2)[0] == 0
-    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    (tmp_path / "run" / "log.csv").unlink()
+    names = "checkpoint.pt", "step-000002.png"
+    before = [(tmp_path / "run" / name).read_bytes() for name in names]
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     usual = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, usual[1]))  # bytes in a file
     try:
         with pytest.raises(meanflow.UserError, match=r"checkpoint\.pt: File too large"):
             meanflow.save(checkpoint, tmp_path / "run" / "checkpoint.pt")
+        with pytest.raises(OSError):
+            meanflow.save_images(torch.rand(1, 300, 300), tmp_path / "run" / "step-000002.png")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
-    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    assert before == [(tmp_path / "run" / name).read_bytes() for name in names]
     assert {file.name for file in (tmp_path / "run").glob(".*")} == {".lock"}
 
 
@@ -1372,6 +1396,7 @@ NO_CHECKPOINTS = {
     "cut": lambda file: file.write_bytes(file.read_bytes()[:10_000]),
     "text": lambda file: file.write_text("hello world\n"),
     "foreign": lambda file: torch.save({"state_dict": {}}, file),
+    "weights only": lambda file: shutil.copy(ROOT / "assets" / "mnist.pt", file),
     "a list": lambda file: torch.save([1, 2], file),
 }
 
@@ -1383,11 +1408,20 @@ def test_what_is_no_checkpoint_is_named_and_kept(training, call, tmp_path):
         shutil.copytree(tmp_path / "run", run)
         NO_CHECKPOINTS[damage](run / "checkpoint.pt")
         before = {file: file.read_bytes() for file in run.iterdir()}
-        drawn = call(meanflow.main, run / "checkpoint.pt", "--out", tmp_path / "new.png")
-        assert "checkpoint.pt" in one_line(drawn) and not (tmp_path / "new.png").exists()
+        if damage != "weights only":
+            drawn = call(meanflow.main, run / "checkpoint.pt", "--out", tmp_path / "new.png")
+            assert "checkpoint.pt" in one_line(drawn) and not (tmp_path / "new.png").exists()
         resumed = training("--steps", 1, "--resume", out=damage)
         assert ("log.csv" if damage == "missing" else "checkpoint.pt") in one_line(resumed)
         assert before == {file: file.read_bytes() for file in run.iterdir()}
+
+
+def test_a_picture_is_there_before_its_checkpoint(training, tmp_path, monkeypatch):
+    """Which a kill between the two must not leave behind without it."""
+    monkeypatch.setattr(meanflow, "save", lambda content, file: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        training("--steps", 1)
+    assert (tmp_path / "run" / "step-000001.png").exists()
 
 
 def test_an_edited_network_is_no_damaged_file(training, tmp_path, monkeypatch):
@@ -1411,7 +1445,8 @@ def test_a_network_that_its_checkpoint_could_not_build_is_refused_at_once(tmp_pa
         meanflow.train(net, images, None, meanflow.train_parser("").parse_args(args))
     numpy = pytest.importorskip("numpy")
     net = UNet(1, size=numpy.int64(8), width=8, multipliers=numpy.array([1, 2]))
-    args = meanflow.train_parser("", batch_size=numpy.int64(4), lr=numpy.float32(1e-3))
+    odd = {"batch_size": numpy.int64(4), "lr": numpy.float32(1e-3), "flip": numpy.bool_(True)}
+    args = meanflow.train_parser("", **odd, optimizer=numpy.str_("muon"))
     args = args.parse_args(["--steps", "1", "--out", str(tmp_path / "run")])
     meanflow.train(net, images, None, args)
     assert meanflow.load_model(tmp_path / "run" / "checkpoint.pt").shape == (1, 8, 8)
@@ -1432,10 +1467,16 @@ def test_a_wrong_flag_ends_with_one_line_and_nothing_written(training, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("recipe", [{"jump_shar": 0.9}, {"lr": -1}, {"steps": 1.5}])
+@pytest.mark.parametrize(
+    "recipe",
+    [{"jump_shar": 0.9}, {"lr": -1}, {"steps": 1.5}, {"optimizer": ["muon"]}, {"flip": [True]}],
+)
 def test_a_wrong_recipe_is_refused_like_a_flag(recipe):
     with pytest.raises(meanflow.UserError, match=next(iter(recipe))):
         meanflow.train_parser("", **recipe)
+    for pair in 0.5, (0.0,), (1, 2, 3):
+        with pytest.raises((TypeError, ValueError)):
+            meanflow.train_parser("", t_logit=pair)
 
 
 def test_only_mistakes_of_the_user_lose_their_traceback(call):
@@ -1468,7 +1509,7 @@ def test_data_that_are_not_there_are_named_and_nothing_is_written(call, tmp_path
         (torch.zeros(4, 1, 8, 8), torch.arange(3), r"images must be uint8 \(N, 1, 8, 8\).*float32"),
         (torch.zeros(4, 3, 8, 8).byte(), torch.arange(3), r"images must be uint8.*\(4, 3, 8, 8\)"),
         (torch.zeros(3, 1, 8, 8).byte(), None, "need each other"),
-        (torch.zeros(3, 1, 8, 8).byte(), torch.zeros(4).long(), "labels must be 3 integers"),
+        (torch.zeros(3, 1, 8, 8).byte(), torch.zeros(4).long(), "labels must be 3 int64"),
         (torch.zeros(4, 1, 8, 8).byte(), torch.arange(4), "from 0 to 2"),
         (torch.zeros(2, 1, 8, 8).byte(), torch.tensor([0, -1]), "from 0 to 2"),
     ],
@@ -1549,12 +1590,8 @@ def test_the_weights_that_come_along_draw_digits():
     own = torch.stack([images[:100][y[:100] == digit].mean(0) for digit in range(10)])
     nearest = torch.cdist(images[100:].flatten(1), own.flatten(1)).argmin(1)
     assert (nearest == y[100:]).float().mean() > 0.6  # each label has a look of its own
-    folder = ROOT.parent / "shared" / "data"
-    if not (folder / "MNIST").exists():
-        pytest.skip("no MNIST to compare with")
-    mnist = train_mnist.MNIST(folder)
-    real = mnist.data.float() / 127.5 - 1
-    means = torch.stack([real[mnist.targets == digit].mean(0) for digit in range(10)])
+    real, labels = train_mnist.digits()
+    means = torch.stack([real[labels == digit].float().mean(0) for digit in range(10)]) / 127.5 - 1
     nearest = torch.cdist(images.flatten(1), means.flatten(1)).argmin(1)
     assert (nearest == y).float().mean() > 0.75
 

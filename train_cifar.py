@@ -57,7 +57,8 @@ def main(argv=None):
     flag("--class-cond", action=switch, default=labelled, help="condition on the labels")
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
-    cifar = load_dataset(CIFAR10, args.data)
+    files = "cifar-10-batches-py/data_batch_1 to 5, test_batch and batches.meta"
+    cifar = load_dataset(CIFAR10, args.data, files)
     images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()  # (N, 3, 32, 32)
     labels = torch.tensor(cifar.targets) if args.class_cond else None
     model = UNet(channels=3, size=32, classes=10 if args.class_cond else 0, **network)

@@ -3,7 +3,7 @@
 One command for each picture:
 
     python benchmarks/pictures.py path                    # a flow, a velocity, an average velocity
-    python benchmarks/pictures.py moons                   # what λ does in the plane, two minutes
+    python benchmarks/pictures.py moons                   # what λ does in the plane, five minutes
     python benchmarks/pictures.py log                     # the errors of a training
     python benchmarks/pictures.py guidance                # of train_mnist.py and --guidance 2
 """
@@ -12,12 +12,14 @@ import argparse
 import csv
 import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.ticker import LogLocator, NullLocator
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.utils import make_grid, save_image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -60,22 +62,22 @@ def draw_path():
     starts = torch.tensor([-1.9, -1.2, -0.7, -0.3, -0.05, 0.08, 0.3, 0.7, 1.2, 1.9])
     times, states = flow_lines(starts)
     axes.plot(times, states, color=FLOW, linewidth=1)
-    line = states[:, 5]
+    line = states[:, 6]
     axes.plot(times, line, color=DATA, linewidth=2.5)
 
-    i, j = 880, 450  # where the line is at times r and t
+    i, j = 900, 320  # where the line is at times r and t: it bends there
     r, t, x_r, x_t = times[i], times[j], line[i], line[j]
     velocity = marginal_velocity(x_t[None], t).item()
     arrow = {"arrowstyle": "->", "linewidth": 2.5, "shrinkA": 0, "shrinkB": 0}
-    axes.annotate("", (t, x_t), (r, x_r), arrowprops=arrow | {"color": JUMP})
-    axes.annotate("", (t + 0.3, x_t + 0.3 * velocity), (t, x_t), arrowprops=arrow)
+    axes.annotate("", (r, x_r), (t, x_t), arrowprops=arrow | {"color": JUMP})
+    axes.annotate("", (t - 0.42, x_t - 0.42 * velocity), (t, x_t), arrowprops=arrow)
     axes.plot([r, t], [x_r, x_t], "o", color="black")
     axes.text(t, x_t + 0.12, "$x_t$", ha="center", va="bottom")
-    axes.text(r, x_r + 0.14, "$x_r$", ha="center", va="bottom")
+    axes.text(r, x_r - 0.14, "$x_r$", ha="center", va="top")
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8}
-    axes.text(0.76, 0.42, r"velocity $\bar v(x_t, t)$", ha="center", bbox=box)
-    axes.text(0.16, -0.2, "average velocity $u(x_t, r, t)$", ha="center", color=JUMP, bbox=box)
-    axes.set(xlim=(-0.02, 1.02), ylim=(-2.1, 2.1), xticks=[0, r, t, 1], yticks=[])
+    axes.text(0.4, -0.22, r"velocity $\bar v(x_t, t)$", ha="center", bbox=box)
+    axes.text(0.46, 0.62, "average velocity $u(x_t, r, t)$", ha="center", color=JUMP, bbox=box)
+    axes.set(xlim=(-0.02, 1.02), ylim=(-1.7, 1.7), xticks=[0, r, t, 1], yticks=[])
     axes.set_xticklabels(["0\ndata", "r", "t", "1\nnoise"])
     axes.spines["left"].set_visible(False)
     figure.savefig(ASSETS / "path.png", dpi=160)
@@ -93,47 +95,55 @@ def moons(n):
 
 
 class Plane(nn.Module):
-    """u(x, r, t) for points (B, 2): three layers."""
+    """u(x, r, t) for points (B, 2): four hidden layers."""
 
     def __init__(self, width=256):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(4, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2)
-        )
+        sizes = 4, width, width, width, width
+        layers = [z for pair in pairwise(sizes) for z in (nn.Linear(*pair), nn.SiLU())]
+        self.layers = nn.Sequential(*layers, nn.Linear(width, 2))
 
     def forward(self, x, r, t):
         return self.layers(torch.cat((x, t[:, None], (t - r)[:, None]), 1))
 
 
-def trained(lam, tangent, steps=3000, batch=512):
-    """Return a network after training on the moons with a constant λ."""
+def trained(lam, tangent, reference, steps=3000, batch=512):
+    """Return a network after training on the moons with a constant λ, and the mean of v over so
+    many more points."""
     torch.manual_seed(0)
     model = Plane()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.995))
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    objective = meanflow.Objective(model, jump_share=0.75, tangent=tangent)
+    objective = meanflow.Objective(model, tangent=tangent, p=0)
     for _ in range(steps):
-        loss, _ = objective(moons(batch), lam)
+        more = (moons(reference), None) if reference else None
+        loss, _ = objective(moons(batch), lam, reference=more)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return model
+        average.update_parameters(model)
+    return average
 
 
 def draw_moons():
-    figure, panels = plt.subplots(1, 4, figsize=(12, 3.4), layout="constrained")
+    figure, panels = plt.subplots(1, 5, figsize=(14, 3.2), layout="constrained")
     noise = torch.randn(1000, 2, generator=torch.Generator().manual_seed(1))
     torch.manual_seed(1)
+    data = moons(20_000)
     settings = {
-        "λ = 0": (0.0, "conditional"),
-        "λ = 1, conditional tangent": (1.0, "conditional"),
-        "λ = 1, marginal tangent": (1.0, "marginal"),
+        "λ = 0": (0.0, "conditional", 2048),
+        "λ = 1, conditional": (1.0, "conditional", 0),
+        "the same, mean over points": (1.0, "conditional", 2048),
+        "λ = 1, marginal": (1.0, "marginal", 2048),
     }
-    panels[0].scatter(*moons(len(noise)).T, s=3, color=DATA)
+    panels[0].scatter(*data[: len(noise)].T, s=3, color=DATA)
     panels[0].set_title("data")
-    for panel, (title, (lam, tangent)) in zip(panels[1:], settings.items(), strict=True):
-        samples = meanflow.sample(trained(lam, tangent), noise)
+    for panel, (title, setting) in zip(panels[1:], settings.items(), strict=True):
+        samples = meanflow.sample(trained(*setting), noise)
+        off = (torch.cdist(samples, data).amin(1) > 0.1).float().mean()
+        print(f"{title}: {off:.0%} of the samples are further than 0.1 from all data", flush=True)
         ends = torch.stack((noise, samples))[:, :150]  # (2, 150, 2)
         panel.plot(*ends.permute(2, 0, 1), color=NOISE, linewidth=0.5, zorder=0)
         panel.scatter(*ends[0].T, s=4, color=NOISE)

@@ -25,6 +25,7 @@ from torchvision.datasets import MNIST
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import meanflow
+import train_mnist
 
 FEATURES = 128
 MEASURES = {"distance": "{:.1f}", "second distance": "{:.0f}", "precision": "{:.2f}"}
@@ -92,7 +93,7 @@ class Quality:
     """The measure: what two classifiers, kept in the folder `cache`, see in the test images."""
 
     def __init__(self, data, cache):
-        train, test = meanflow.load_dataset(MNIST, data), MNIST(data, train=False)
+        train, test = train_mnist.mnist(data), MNIST(data, train=False)
         self.train, self.test = as_float(train.data[: len(test.data)]), as_float(test.data)
         self.first = load_classifier(pooling_classifier, Path(cache, "pooling.pt"), train)
         self.second = load_classifier(strided_classifier, Path(cache, "strided.pt"), train)

@@ -4,11 +4,13 @@ Forward, backward and Adam on random images. All ways take turns in one process;
 median of the rounds, their quartiles, the ratio that counting gives and how far the measured one is
 above it. A backward pass counts as two forward passes, a tangent as one. So flow matching is 3,
 λ = 0 is 3 + q and λ > 0 is 3 + 3 q with a share q of samples at r < t; the marginal tangent adds q.
-Memory is the peak of what a step allocates, as a ratio, too. "without the rules" leaves every
-derivative to PyTorch, which works in float32 and without --compile only.
+Memory is the peak of what a step allocates, as a ratio, too; "first" is the seconds of the first
+step, which compiles. "without the rules" leaves every derivative to PyTorch, which works in float32
+and without --compile only; --ours leaves out these rows and those of other implementations.
 
     python benchmarks/step.py                      # bf16 on a GPU; float32 on a CPU, in minutes
     python benchmarks/step.py --compile            # the loss compiled: minutes a row
+    python benchmarks/step.py --channels-last      # in the layout that `train` uses
     python benchmarks/step.py --network cifar      # the default network of train_cifar.py
     python benchmarks/step.py --network diffusers  # a UNet2DModel; needs `pip install diffusers`
     python benchmarks/step.py --profile            # besides, where a step's time goes
@@ -108,7 +110,7 @@ def in_float32(net, primals, directions):
         return torch.func.jvp(net, primals, directions)
 
 
-def ways(net, shares, compiled, amp):
+def ways(net, shares, compiled, amp, ours_only):
     """Return {name: (objective, λ, theory)} of all that is compared, flow matching first."""
     ours = {q: meanflow.Objective(net, jump_share=q) for q in (0.0, *shares)}
     table = {"flow matching": (ours[0.0], 0.0, 1.0)}
@@ -118,7 +120,7 @@ def ways(net, shares, compiled, amp):
     for q in shares:
         marginal = meanflow.Objective(net, jump_share=q, tangent="marginal")
         table[f"λ = 1, q = {q}, marginal tangent"] = marginal, 1.0, 1 + q * 4 / 3
-    if compiled:  # group norm does not compile without its rule
+    if compiled or ours_only:  # group norm does not compile without its rule
         return table
     if amp:  # without the rules, tangents in float32 meet weights in bf16
         others = {"func.jvp in float32": in_float32}
@@ -184,11 +186,15 @@ def rate(per_second):
     return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
 
 
-def compare(network, batch, shares, rounds, device, compiled, amp, profile):
+def compare(args, device):
+    network, batch, shares, rounds = args.network, args.batch_size, args.shares, args.rounds
+    compiled, amp = args.compile, args.amp
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
     torch.manual_seed(0)
     net, shape = build(network)
-    net, x0 = net.to(device).train(), torch.randn(batch, *shape, device=device)
-    table = ways(net, shares, compiled, amp)
+    net = net.to(device, memory_format=layout).train()
+    x0 = torch.randn(batch, *shape, device=device).contiguous(memory_format=layout)
+    table = ways(net, shares, compiled, amp, args.ours)
     works = {}
     for name, (objective, lam, _) in table.items():
         optimizer = torch.optim.Adam(objective.parameters(), 1e-4, fused=True)
@@ -196,27 +202,31 @@ def compare(network, batch, shares, rounds, device, compiled, amp, profile):
             objective.compile(dynamic=False)
             lam = lam and torch.tensor(lam, device=device)
         works[name] = partial(step, objective, optimizer, x0, lam, amp)
-    memory, times = {}, {name: [] for name in works}
+    memory, first, times = {}, {}, {name: [] for name in works}
     for name, work in works.items():
-        work()
+        first[name] = seconds(work, device)
         memory[name] = peak_memory(work, device)
+        print(f"{name}: first step after {first[name]:.1f} s", file=sys.stderr, flush=True)
     for _ in range(rounds):
         for name, work in works.items():
             times[name].append(seconds(work, device))
     base, base_memory = statistics.median(times["flow matching"]), memory["flow matching"]
     how = f"{'compiled' if compiled else 'eager'}, {'bf16' if amp else 'float32'}"
     gigabytes = f"flow matching takes {base_memory / 2**30:.2g} GiB"
+    how += ", channels_last" if args.channels_last else ""
+    gigabytes += f", {base * 1e3:.0f} ms"
     print(f"\n**{network}**, batch {batch}, {how}, {rounds} rounds; {gigabytes}\n")
-    print("| | by counting | measured | above it | quartiles | memory | images/s |")
-    print("|---|---|---|---|---|---|---|")
+    print("| | by counting | measured | above it | quartiles | memory | images/s | first |")
+    print("|---|---|---|---|---|---|---|---|")
     for name, (*_, theory) in table.items():
         low, middle, high = (q / base for q in statistics.quantiles(times[name], n=4))
         counted = f"{theory:.2f}" if theory else ""
         above = f"{middle / theory - 1:.0%}" if theory else ""
         row = counted, f"{middle:.2f}", above, f"{low:.2f} to {high:.2f}"
         row += f"{memory[name] / base_memory:.2f}", rate(batch / base / middle)
+        row += (f"{first[name]:.0f}",)
         print("|", name, "|", " | ".join(row), "|", flush=True)
-    for name in [*works][: 1 + 3 * len(shares)] if profile else ():
+    for name in [*works][: 1 + 3 * len(shares)] if args.profile else ():
         print_profile(name, works[name], device)
 
 
@@ -245,6 +255,8 @@ def main():
     parser.add_argument("--amp", action=switch, default=cuda, help="bf16 instead of float32")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0],
                         help="shares q of samples at r < t")  # fmt: skip
+    parser.add_argument("--channels-last", action="store_true", help="the layout of `train`")
+    parser.add_argument("--ours", action="store_true", help="nothing but the loss as it is")
     parser.add_argument("--profile", action="store_true", help="print the costliest operations")
     args = parser.parse_args()
     device = "cuda" if cuda else "cpu"
@@ -252,9 +264,9 @@ def main():
     torch._dynamo.config.recompile_limit = 64  # a graph for each share and λ
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if cuda else 'CPU'}, "
           f"{torch.get_num_threads()} threads")  # fmt: skip
-    compare(args.network, args.batch_size, args.shares, args.rounds, device, args.compile, args.amp,
-            args.profile)  # fmt: skip
-    sampling(args.network, device, [1, 4, 16, 64, 256, 1024])
+    compare(args, device)
+    if not args.ours:
+        sampling(args.network, device, [1, 4, 16, 64, 256, 1024])
 
 
 if __name__ == "__main__":
