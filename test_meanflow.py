@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import filelock
@@ -517,23 +518,58 @@ def test_diffusers_unet_of_the_readme():
     small |= {"block_out_channels": (8, 16), "layers_per_block": 1, "attention_head_dim": 8}
     names = {"torch": torch, "expand": expand}
     names["UNet2DModel"] = functools.partial(diffusers.UNet2DModel, **small)
-    exec(readme_block("UNet2DModel").split("# torch")[0], names)
+    exec(readme_block("UNet2DModel").replace("from diffusers import UNet2DModel", ""), names)
     against_differences(names["model"], [*names["net"].double().parameters()], (3, 8, 8))
     names["net"].eval()
     with torch.no_grad():
         Objective(names["model"])(torch.randn(4, 3, 8, 8).double(), 0.0)
 
 
-@pytest.mark.parametrize("timm", [False, True])
-def test_transformers_of_the_readme(timm):
-    block, names = readme_block("TransformerEncoder"), {"torch": torch, "nn": nn}
-    exec(block[block.index("# torch") :], names)
-    if timm:
-        module = pytest.importorskip("timm.models.vision_transformer")
-        names["net"] = module.Block(128, 4)
-    names["net"].eval()  # without dropout
-    parts = nn.ModuleList([names["net"], names["times"]]).double()
-    against_differences(names["model"], [*parts.parameters()], (5, 128))
+class TimestepEmbedder(nn.Linear):
+    def __init__(self, hidden_size):
+        super().__init__(1, hidden_size)
+
+    def forward(self, t):
+        return super().forward(t[:, None])
+
+
+class DiT(nn.Module):
+    """What the README's network takes from facebookresearch/DiT, as small as can be."""
+
+    def __init__(self, num_classes, hidden_size, learn_sigma, class_dropout_prob):
+        super().__init__()
+        assert (learn_sigma, class_dropout_prob) == (False, 0)
+        self.x_embedder, self.pos_embed = nn.Linear(3, hidden_size), 0.1
+        self.t_embedder, self.labels = (
+            TimestepEmbedder(hidden_size),
+            nn.Embedding(num_classes, hidden_size),
+        )
+        self.y_embedder = lambda y, train: self.labels(y)
+        self.blocks = nn.ModuleList([Modulated(hidden_size), Modulated(hidden_size)])
+        self.last, self.unpatchify = nn.Linear(hidden_size, 3), lambda x: x
+        self.final_layer = lambda x, c: self.last(x + c[:, None])
+
+
+class Modulated(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.norm, self.modulate = nn.LayerNorm(size), nn.Linear(size, size)
+        self.attention = SelfAttention(size, 2, batch_first=True)
+
+    def forward(self, x, c):
+        return x + self.attention(self.norm(x) * self.modulate(c)[:, None])
+
+
+def test_the_dit_of_the_readme(monkeypatch):
+    models = types.SimpleNamespace(DiT=DiT, TimestepEmbedder=TimestepEmbedder)
+    monkeypatch.setitem(sys.modules, "models", models)
+    exec(readme_block("TwoTimeDiT"), names := {})
+    net, y = names["TwoTimeDiT"](5, hidden_size=8).double(), torch.tensor([0, 4, -1, 2])
+    against_differences(lambda x, r, t: net(x, r, t, y), [*net.parameters()], (6, 3))
+    (x, _, r, t), _ = batch(n=4, shape=(6, 3), jumps=4)
+    with_label, without = net(x, r, t, y), net(x, r, t)
+    assert torch.equal((with_label == without).flatten(1).all(1), y < 0)
+    assert (net(x, r / 2, t) != without).any() and (net(x, r, (1 + t) / 2) != without).any()
 
 
 class Everything(nn.Module):
@@ -1529,10 +1565,10 @@ def test_an_unwritable_folder_is_named(training, tmp_path):
 # The README -------------------------------------------------------------------------------------
 
 
-def test_the_first_block_of_the_readme_runs():
-    names = {"batches": [torch.randn(8, 1, 28, 28)] * 2}
-    exec(readme_block(""), names)
-    assert names["images"].shape == (64, 1, 28, 28)
+def test_the_loop_of_the_readme_runs():
+    names = {"steps": 8, "batch": lambda n: (torch.randn(n, 1, 28, 28), torch.arange(n) % 10)}
+    exec(readme_block("average.update"), names)
+    assert names["images"].shape == (64, 1, 28, 28) and names["share"] == 0.5
 
 
 def test_the_training_of_the_readme_trains(tmp_path, monkeypatch):
@@ -1547,7 +1583,7 @@ def test_the_check_of_the_readme_tells_a_right_derivative_from_a_wrong_one():
     for wrong in False, True:
         model = lambda x, r, t, wrong=wrong: x.sin() * (t.detach() if wrong else t)[:, None]
         names = {"model": model, "torch": torch, "x0": torch.randn(4, 3)}
-        exec(readme_block("central differences"), names)
+        exec(readme_block("central"), names)
         assert (names["difference"] > 1e-3) == wrong
 
 

@@ -10,8 +10,8 @@ meets λ = 0, and a rising λ along the marginal tangent.
   the gradient's norm gets in their second half, where the risen λ is 1 (means of ten steps, before
   it is clipped at 20), and the distance.
 
-Prints two tables, mean (range of the seeds), and draws assets/claims.png. Network and recipe are
-those of lambda_study.py. A finished training in --out is not repeated. Needs matplotlib.
+Prints two tables, mean (range of the seeds), and draws claims.png into --out. Network and recipe
+are those of lambda_study.py. A finished training in --out is not repeated. Needs matplotlib.
 
     python benchmarks/claims_study.py  # two hours on two cores
 """
@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from lambda_study import ASSETS, Job, cell, mean_and_range, train_all
+from lambda_study import Job, cell, mean_and_range, train_all
 
 import meanflow
 
@@ -99,7 +99,7 @@ def main(argv=None):
     right.set_yticks([], minor=True)
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=2,
                   frameon=False)  # fmt: skip
-    figure.savefig(ASSETS / "claims.png", dpi=130)
+    figure.savefig(Path(args.out, "claims.png"), dpi=130)
 
 
 if __name__ == "__main__":

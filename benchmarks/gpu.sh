@@ -6,7 +6,7 @@
 #     TINY=1 bash benchmarks/gpu.sh runs/gpu data # the same with tiny sizes, on a CPU
 set -u
 cd "$(dirname "$0")/.."
-out=${1:-runs/gpu} data=${2:-data} end=$((SECONDS + ${LIMIT:-570}))
+run=${RUN:-python} out=${1:-runs/gpu} data=${2:-data} end=$((SECONDS + ${LIMIT:-570}))
 mkdir -p "$out"
 
 part() { # name, seconds at most, command
@@ -29,8 +29,11 @@ else
 fi
 step="python benchmarks/step.py --ours --shares 0.5 $step"
 part tests 120 python -m pytest -q -k "$tests"
-part step-eager 40 $step
-part step-eager-channels-last 40 $step --channels-last
-part step-compiled-channels-last 180 $step --channels-last --compile
-part train 600 python train_cifar.py $train --data "$data" --out "$out/cifar" --flow-first 0.25 --reference 2048 \
-    --optimizer muon --lr 1.5e-3 --lr-decay --beta2 0.99 --ema 0.995 --class-cond --guidance 2 --log-every 20 --jump-share 0.5 --t-logit 0 1.6
+part step-eager 60 $step
+part step-compiled 200 $step --compile
+end=$((end - 30)) # for the picture
+part train 600 $run train_cifar.py $train --data "$data" --out "$out/cifar" --class-cond --guidance 2 --log-every 20 \
+    --flow-first 0.25 --reference 2048 --jump-share 0.5 --t-logit 0 1.6 \
+    --optimizer muon --lr 1.5e-3 --lr-decay --beta2 0.99 --ema 0.995
+end=$((end + 30))
+part draw 60 python meanflow.py "$out/cifar/checkpoint.pt" --out "$out/cifar.png"

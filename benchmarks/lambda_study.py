@@ -3,8 +3,8 @@
 Trains with λ = 0, 0.25, 1, and risen linearly to 1 at half time, with either tangent and several
 seeds, for equal steps; then λ = 0 once more, for as long as the slowest of the others took. Prints
 tables, mean and range over the seeds (measures of quality.py on 5,000 one-step samples, the
-gradient's mean norm, seconds of one core), and writes assets/lambda.png: the same noise through the
-networks of the first seed, a row for each λ, conditional on the left, marginal on the right.
+gradient's mean norm, seconds of one core), and writes lambda.png into --out: the same noise through
+the networks of the first seed, a row for each λ, conditional on the left, marginal on the right.
 
     python benchmarks/lambda_study.py                      # an hour on two cores
     python benchmarks/lambda_study.py --only gaussian      # three minutes
@@ -67,7 +67,6 @@ COLUMNS = {  # of a table: the name among the results, the form of their mean an
     "seconds": ("cpu", "{:.0f}"),
 }
 SAMPLES = 5_000
-ASSETS = Path(__file__).parent.parent / "assets"
 
 
 def gaussian(lam, tangent, *, steps=3000, batch=1024):
@@ -223,7 +222,7 @@ def mnist(args):
     table(f"λ = 0 for as long as the slowest took, {longer} steps", jobs, train_all(jobs, args))
     firsts = [Job(*c, 0, args.steps).folder(args.out) for c in configurations]
     grids = torch.stack([read_image(folder / "grid.png") for folder in firsts])
-    save_image(make_grid(grids / 255, 2, 16, pad_value=1), ASSETS / "lambda.png")
+    save_image(make_grid(grids / 255, 2, 16, pad_value=1), Path(args.out, "lambda.png"))
 
 
 def main(argv=None):

@@ -5,7 +5,7 @@ One command for each picture:
     python benchmarks/pictures.py path                    # a flow, a velocity, an average velocity
     python benchmarks/pictures.py moons                   # what λ does in the plane, five minutes
     python benchmarks/pictures.py log                     # the errors of a training
-    python benchmarks/pictures.py guidance                # of train_mnist.py and --guidance 2
+    python benchmarks/pictures.py digits                  # of train_mnist.py, and with another λ
 """
 
 import argparse
@@ -20,7 +20,7 @@ import torch
 from matplotlib.ticker import LogLocator, NullLocator
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import make_grid
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -179,18 +179,22 @@ def draw_log(file="runs/mnist/log.csv"):
     figure.savefig(ASSETS / "log.png", dpi=130)
 
 
-# The same noise with and without guidance ---------------------------------------------------------
+# Digits in one step, with and without λ ----------------------------------------------------------
 
 
-def draw_guidance(plain="runs/mnist/checkpoint.pt", guided="runs/guided/checkpoint.pt"):
-    options = {"nrow": 10, "normalize": True, "value_range": (-1, 1)}
-    digits = (meanflow.draw(meanflow.load_model(file), 40) for file in (plain, guided))
-    left, right = (make_grid(images, **options) for images in digits)
-    gap = torch.ones(3, left.shape[1], 16)
-    save_image(torch.cat((left, gap, right), 2), ASSETS / "guidance.png")
+def draw_digits(plain="runs/mnist/checkpoint.pt", paper="runs/paper/checkpoint.pt"):
+    figure, panels = plt.subplots(1, 2, figsize=(12.4, 5.3), layout="constrained")
+    titles = "λ = 0", "the paper's λ, rising from 0 to 1"
+    for panel, title, file in zip(panels, titles, (plain, paper), strict=True):
+        images = meanflow.draw(meanflow.load_model(file), 80).clamp(-1, 1)
+        grid = make_grid(images / 2 + 0.5, nrow=10)
+        panel.imshow(grid.permute(1, 2, 0), interpolation="nearest")
+        panel.set_title(title, fontsize=16)
+        panel.axis("off")
+    figure.savefig(ASSETS / "mnist.png", dpi=100)
 
 
-PICTURES = {"path": draw_path, "moons": draw_moons, "log": draw_log, "guidance": draw_guidance}
+PICTURES = {"path": draw_path, "moons": draw_moons, "log": draw_log, "digits": draw_digits}
 
 
 def main():

@@ -1,22 +1,25 @@
 """What a MeanFlow step costs, as a ratio to a flow-matching step of the same network.
 
 Forward, backward and Adam on random images. All ways take turns in one process; the table has the
-median of the rounds, their quartiles, the ratio that counting gives and how far the measured one is
-above it. A backward pass counts as two forward passes, a tangent as one. So flow matching is 3,
-λ = 0 is 3 + q and λ > 0 is 3 + 3 q with a share q of samples at r < t; the marginal tangent adds q.
+median of the rounds (of processor time on a CPU), their quartiles, the ratio that counting gives
+and how far the measured one is above it. A backward pass counts as two forward passes, a tangent as
+one. So flow matching is 3, λ = 0 is 3 + q and λ > 0 is 3 + 3 q with a share q of samples at r < t;
+the marginal tangent adds q.
 Memory is the peak of what a step allocates, as a ratio, too; "first" is the seconds of the first
 step, which compiles. "without the rules" leaves every derivative to PyTorch, which works in float32
-and without --compile only; --ours leaves out these rows and those of other implementations.
+and without --compile only; "before" is the contiguous layout, and without the rule for SiLU. --ours
+leaves out the rows without the rules and those of other implementations.
 
     python benchmarks/step.py                      # bf16 on a GPU; float32 on a CPU, in minutes
     python benchmarks/step.py --compile            # the loss compiled: minutes a row
-    python benchmarks/step.py --channels-last      # in the layout that `train` uses
+    python benchmarks/step.py --contiguous         # not in the layout that `train` uses
     python benchmarks/step.py --network cifar      # the default network of train_cifar.py
     python benchmarks/step.py --network diffusers  # a UNet2DModel; needs `pip install diffusers`
     python benchmarks/step.py --profile            # besides, where a step's time goes
 """
 
 import argparse
+import copy
 import statistics
 import sys
 import time
@@ -26,6 +29,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -82,6 +86,20 @@ class WithoutRules(torch.nn.Module):
             return self.objective(*args)
 
 
+class Before(torch.nn.Module):
+    """A loss of the network in the usual layout, and without a rule for SiLU."""
+
+    def __init__(self, net, share):
+        super().__init__()
+        net = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
+        self.objective = meanflow.Objective(net, jump_share=share)
+        self.rules = {f: rule for f, rule in meanflow.RULES.items() if f is not F.silu}
+
+    def forward(self, *args):
+        with patch.dict(meanflow.RULES, self.rules, clear=True):
+            return self.objective(*args)
+
+
 class WholeBatch(torch.nn.Module):
     """The loss as other implementations compute it: all samples through the JVP `derive`."""
 
@@ -120,7 +138,12 @@ def ways(net, shares, compiled, amp, ours_only):
     for q in shares:
         marginal = meanflow.Objective(net, jump_share=q, tangent="marginal")
         table[f"λ = 1, q = {q}, marginal tangent"] = marginal, 1.0, 1 + q * 4 / 3
-    if compiled or ours_only:  # group norm does not compile without its rule
+    if compiled:  # where rules are not to be taken away
+        return table
+    table["flow matching, before"] = Before(net, 0.0), 0.0, 1.0
+    for (lam, q), theory in counted.items():
+        table[f"λ = {lam:.0f}, q = {q}, before"] = Before(net, q), lam, theory
+    if ours_only:
         return table
     if amp:  # without the rules, tangents in float32 meet weights in bf16
         others = {"func.jvp in float32": in_float32}
@@ -143,12 +166,14 @@ def step(objective, optimizer, x0, lam, amp):
 
 
 def seconds(work, device):
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait, clock = lambda: None, time.process_time
+    if device == "cuda":
+        wait, clock = torch.cuda.synchronize, time.perf_counter
     wait()
-    start = time.perf_counter()
+    start = clock()
     work()
     wait()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def peak_memory(work, device):
@@ -189,7 +214,7 @@ def rate(per_second):
 def compare(args, device):
     network, batch, shares, rounds = args.network, args.batch_size, args.shares, args.rounds
     compiled, amp = args.compile, args.amp
-    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    layout = torch.contiguous_format if args.contiguous else torch.channels_last
     torch.manual_seed(0)
     net, shape = build(network)
     net = net.to(device, memory_format=layout).train()
@@ -213,7 +238,7 @@ def compare(args, device):
     base, base_memory = statistics.median(times["flow matching"]), memory["flow matching"]
     how = f"{'compiled' if compiled else 'eager'}, {'bf16' if amp else 'float32'}"
     gigabytes = f"flow matching takes {base_memory / 2**30:.2g} GiB"
-    how += ", channels_last" if args.channels_last else ""
+    how += ", contiguous" if args.contiguous else ", channels_last"
     gigabytes += f", {base * 1e3:.0f} ms"
     print(f"\n**{network}**, batch {batch}, {how}, {rounds} rounds; {gigabytes}\n")
     print("| | by counting | measured | above it | quartiles | memory | images/s | first |")
@@ -255,7 +280,7 @@ def main():
     parser.add_argument("--amp", action=switch, default=cuda, help="bf16 instead of float32")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0],
                         help="shares q of samples at r < t")  # fmt: skip
-    parser.add_argument("--channels-last", action="store_true", help="the layout of `train`")
+    parser.add_argument("--contiguous", action="store_true", help="not the layout of `train`")
     parser.add_argument("--ours", action="store_true", help="nothing but the loss as it is")
     parser.add_argument("--profile", action="store_true", help="print the costliest operations")
     args = parser.parse_args()
