@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torchvision.datasets import MNIST
-from torchvision.io import read_image
+from torchvision.transforms.functional import pil_to_tensor
 
 from meanflow import UNet, load_dataset, run, train, train_parser
 
@@ -34,7 +35,7 @@ NETWORK = {  # 0.7M parameters
 
 def digits():
     """Return the 10,000 images that come along, uint8 (N, 1, 28, 28), and their labels (N,)."""
-    sheet = read_image(str(DIGITS))  # (1, 2800, 2800): ten rows of zeros, ten of ones, ...
+    sheet = pil_to_tensor(Image.open(DIGITS))  # (1, 2800, 2800), ten rows of each digit
     images = sheet.unfold(1, 28, 28).unfold(2, 28, 28)  # (1, 100, 100, 28, 28)
     return images.reshape(-1, 1, 28, 28), torch.arange(10).repeat_interleave(1000)
 

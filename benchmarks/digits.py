@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from torchvision.io import write_png
+from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -33,7 +33,8 @@ def main():
     order = torch.randperm(len(mnist.data), generator=torch.Generator().manual_seed(0))
     chosen = torch.cat([order[mnist.targets[order] == digit][:1000] for digit in range(10)])
     rows = mnist.data[chosen].view(100, 100, 28, 28)
-    write_png(rows.transpose(1, 2).reshape(1, 2800, 2800), str(ASSETS / "mnist-10k.png"), 9)
+    sheet = to_pil_image(rows.transpose(1, 2).reshape(1, 2800, 2800))
+    sheet.save(ASSETS / "mnist-10k.png", optimize=True)
     lines = [" ".join(map(str, row)) for row in chosen.view(100, 100).tolist()]
     (ASSETS / "mnist-10k.txt").write_text(ABOUT + "\n" + "\n".join(lines) + "\n")
 

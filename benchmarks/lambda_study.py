@@ -30,9 +30,10 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 from torchvision.datasets import MNIST
-from torchvision.io import read_image
+from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid, save_image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -221,7 +222,7 @@ def mnist(args):
     jobs = [Job("0", "conditional", seed, longer) for seed in range(args.seeds)]
     table(f"λ = 0 for as long as the slowest took, {longer} steps", jobs, train_all(jobs, args))
     firsts = [Job(*c, 0, args.steps).folder(args.out) for c in configurations]
-    grids = torch.stack([read_image(folder / "grid.png") for folder in firsts])
+    grids = torch.stack([pil_to_tensor(Image.open(folder / "grid.png")) for folder in firsts])
     save_image(make_grid(grids / 255, 2, 16, pad_value=1), Path(args.out, "lambda.png"))
 
 
