@@ -326,7 +326,7 @@ def sample(model, x1, *, steps=1, y=None, times=None):
     if grid[:1] + grid[-1:] != [1, 0] or not all(r < t for t, r in pairwise(grid)):
         raise ValueError(f"times must decrease from 1 to 0, got {grid}")
     at = lambda time: x1.new_full(x1.shape[:1], time)
-    x = x1.to(torch.promote_types(x1.dtype, torch.float32))  # as many steps add up
+    x = x1  # from the first step on in float32 at least, as u is
     training = isinstance(model, nn.Module) and model.training
     if training:
         model.eval()
