@@ -964,7 +964,7 @@ def resume(out, parts, past, rank):
 def save(content, file):
     torch.save(content, buffer := io.BytesIO())
     with writing(file):
-        replace(file, buffer.getbuffer())
+        replace(file, buffer.getvalue())
 
 
 def replace(file, content):
@@ -1048,7 +1048,7 @@ def save_images(images, file):
         images = images.movedim(-3, -2).flatten(-2).unsqueeze(-3)  # (B, 1, H, C W)
     buffer, options = io.BytesIO(), {"normalize": True, "value_range": (-1, 1)}
     save_image(images, buffer, "png", nrow=10, **options)
-    replace(Path(file), buffer.getbuffer())
+    replace(Path(file), buffer.getvalue())
 
 
 # The command line ----------------------------------------------------------------------
