@@ -743,6 +743,14 @@ def test_the_unet_depends_on_r_and_on_t_and_on_their_order():
         assert (net(x, r, t) - other).abs().mean() > 0.001
 
 
+def test_the_second_time_of_the_embedding_is_the_gap():
+    embedding, y = meanflow.Embedding(8, 0).double(), torch.full((4,), -1)
+    embedding.time.weight.data.view(8, 2, 2, 5)[:, :, 0] = 0  # of the cosines and sines of t
+    r, t = sample_times(4, 4, r_logit=None, dtype=torch.float64)
+    assert_close(embedding(r, t, y), embedding(r + 0.1, t + 0.1, y))
+    assert (embedding(r, t, y) - embedding(r, t + 0.1, y)).abs().max() > 1e-4
+
+
 def test_each_block_up_gets_what_its_block_down_found():
     net, ((x, _, r, t), _) = small_unet(blocks=2), batch(n=2, shape=(1, 8, 8), jumps=2)
     for level in net.levels, net.levels.inner:
@@ -1630,7 +1638,7 @@ def test_activation_checkpointing_of_the_readme_gives_the_same_gradients(lam):
 def test_the_weights_that_come_along_draw_digits():
     """Of real digits, the mean image of their class is the nearest of the ten in four of five."""
     net, y = meanflow.load_model(ROOT / "assets" / "mnist.pt"), torch.arange(200) % 10
-    images = meanflow.draw(net, 200).clamp(-1, 1)
+    images = torch.cat([meanflow.draw(net, 100, steps=steps) for steps in (1, 8)]).clamp(-1, 1)
     assert 0.05 < (images > 0).float().mean() < 0.3  # ink; 0.5 in noise, 0.13 in real digits
     own = torch.stack([images[:100][y[:100] == digit].mean(0) for digit in range(10)])
     nearest = torch.cdist(images[100:].flatten(1), own.flatten(1)).argmin(1)
