@@ -1044,16 +1044,16 @@ def test_settings_reach_the_step(training, monkeypatch, flags, tangent, shares):
     seen, forward = [], Objective.forward
 
     def recorded(self, x0, lam, y, *, reference, jump_share):
-        seen.append((self.tangent, jump_share, len(x0), len(reference[0]), self.times))
+        of_self = self.tangent, self.guidance, self.times
+        seen.append((*of_self, jump_share, len(x0), len(reference[0])))
         return forward(self, x0, lam, y, reference=reference, jump_share=jump_share)
 
     monkeypatch.setattr(Objective, "forward", recorded)
-    logit = "--t-logit", 0.1, 1.1, "--r-logit", -1, 2, "--batch-size", 8
-    assert (
-        training("--steps", 2, *flags.split(), "--flow-first", 0.5, *logit, *flags.split())[0] == 0
-    )
+    others = "--t-logit 0.1 1.1 --r-logit -1 2 --batch-size 8 --class-cond --guidance 1.5"
+    all_flags = f"--steps 2 --flow-first 0.5 {others} {flags}"
+    assert training(*all_flags.split())[0] == 0
     times = {"t_logit": [0.1, 1.1], "r_logit": [-1.0, 2.0]}
-    assert seen == [(tangent, share, 8, 5, times) for share in shares]
+    assert seen == [(tangent, 1.5, times, share, 8, 5) for share in shares]
 
 
 def test_the_time_left_counts_that_flow_matching_is_cheaper(capsys):
