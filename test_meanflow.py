@@ -1268,6 +1268,7 @@ def test_every_step_and_every_process_draws_its_own_batch(training, monkeypatch)
     seen, draw_batch = [], meanflow.draw_batch
 
     def recorded(*args):
+        assert args[3]  # --flip
         seen.append((*draw_batch(*args), torch.randn(3)))
         return seen[-1][:2]
 
@@ -1277,7 +1278,7 @@ def test_every_step_and_every_process_draws_its_own_batch(training, monkeypatch)
         launched = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
         for name, value in launched.items():
             monkeypatch.setenv(name, str(value))
-        flags = "--steps", 2, "--batch-size", 8, "--reference", 0
+        flags = "--steps", 2, "--batch-size", 8, "--reference", 0, "--flip"
         assert training(*flags, out=f"{rank}{len(seen)}")[0] == 0
     assert [len(x0) for x0, *_ in seen] == [4] * 6 + [8] * 2
     for part in 0, 2:
@@ -1360,12 +1361,16 @@ def test_log_and_pictures_that_cannot_be_written_are_said_and_end_nothing(traini
 
 
 def test_an_isolated_nan_skips_that_update(training, tmp_path, monkeypatch):
-    at_step([2, 4], monkeypatch, lambda x0: x0.fill_(math.nan))
-    assert training("--steps", 6, "--save-every", 1, "--amp", "bf16")[0] == 0
-    assert [int(row["skipped"]) for row in log(tmp_path / "run")] == [0, 1, 0, 1, 0, 0]
+    at_step([2, 4, 5, 6], monkeypatch, lambda x0: x0.fill_(math.nan))
+    flags = "--steps", 9, "--log-every", 3, "--save-every", 3, "--amp", "bf16"
+    assert training(*flags)[0] == 0
+    rows = log(tmp_path / "run")
+    assert [int(row["skipped"]) for row in rows] == [0, 1, 3, 0]
+    finite = [math.isfinite(float(row["err_flow"])) for row in rows]
+    assert finite == [True, True, False, True]  # means over the other steps
     assert all(value.isfinite().all() for value in weights(tmp_path / "run"))
     checkpoint = checkpoint_of(tmp_path / "run")
-    assert {int(parameter["step"]) for parameter in checkpoint["adam"]["state"].values()} == {4}
+    assert {int(parameter["step"]) for parameter in checkpoint["adam"]["state"].values()} == {5}
     momenta = [kernel["momentum_buffer"] for kernel in checkpoint["muon"]["state"].values()]
     net = UNet(**checkpoint["unet"]).to(memory_format=torch.channels_last)
     assert len(momenta) == len(meanflow.Muon(net).kernels)
