@@ -236,7 +236,7 @@ class Objective(nn.Module):
             v = mean_velocity(x_t, t, v, x0, y, reference)
         if self.guidance != 1:
             v = guided_velocity(self.model, x_t, t, v, y, self.guidance)
-        direction = v[:k]
+        direction = None  # v itself
         if self.tangent == "marginal" and k:
             y_jump = None if y is None else y[:k]
             direction = marginal_velocity(self.model, x_t[:k], t[:k], y_jump)
