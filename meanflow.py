@@ -76,7 +76,7 @@ def sample_times(
     t, other = normal(*t_logit).sigmoid(), normal(*(r_logit or t_logit)).sigmoid()
     r = torch.minimum(t, other)
     if r_logit is None:
-        t = torch.maximum(t, other)  # of the pairs with r = t, too
+        t = torch.maximum(t, other)  # in all pairs, those with r = t, too
     return torch.cat((r[:jumps], t[jumps:])), t
 
 
@@ -255,7 +255,7 @@ def marginal_velocity(model, x_t, t, y=None):
     As the direction of du/dt, it makes the true u a stationary point of the loss for every
     λ (with p = 0). After improved MeanFlow, arXiv:2512.02012.
     """
-    return evaluate(model, x_t, t, t, y).to(x_t.dtype)  # as tangents must have it
+    return evaluate(model, x_t, t, t, y).to(x_t.dtype)  # a tangent needs its input's dtype
 
 
 @torch.no_grad()
@@ -264,13 +264,13 @@ def mean_velocity(x_t, t, v, x0, y, reference):
 
     v is (x_t - x0) / t. Each image may be x0, with a probability in proportion to the density
     N(0, I) of the noise (x_t - (1 - t) image) / t that takes it to x_t: so their mean takes
-    the place of x0. The result has the mean of v, given x_t, and varies less. After Xu, Tong,
-    Jaakkola 2023, arXiv:2302.00670, who do this for the score.
+    the place of x0. Given x_t, the result has the same mean as v and varies less. After Xu,
+    Tong, Jaakkola 2023, arXiv:2302.00670, who do this for the score.
 
     y          integer labels (B,) or None. Samples with y >= 0 count images of their label
     reference  more images (M, ...) and their labels (M,) or None, drawn as x0 is drawn and
                anew in each step: fixed images would bias v
-    Takes (B + M) float64 numbers per pixel. Where t < 0.001 the result is v.
+    Holds B + M float64 numbers per pixel in memory. Where t < 0.001 the result is v.
     """
     more, more_y = reference
     if not more.is_floating_point():
@@ -278,8 +278,8 @@ def mean_velocity(x_t, t, v, x0, y, reference):
     images = torch.cat((x0, more)).flatten(1).double()  # t may be small: float32 won't do
     x, s = x_t.flatten(1).double(), t.double()[:, None]
     square = x.square().sum(1, True) - 2 * (1 - s) * (x @ images.T)
-    square = square + (1 - s) ** 2 * images.square().sum(1)
-    log_density = -square / (2 * s**2)  # of ||x_t - (1 - t) image||², (B, B + M)
+    square = square + (1 - s) ** 2 * images.square().sum(1)  # ||x_t - (1 - t) image||²
+    log_density = -square / (2 * s**2)  # (B, B + M)
     if y is not None:
         other = has_label(y)[:, None] & (y[:, None] != torch.cat((y, more_y)))
         log_density = log_density.masked_fill(other, -math.inf)
@@ -314,7 +314,7 @@ def has_label(y):
 def sample(model, x1, *, steps=1, y=None, times=None):
     """Return x0 (B, ...), made from the noise x1 by steps x_r = x_t - (t - r) u(x_t, r, t).
 
-    model  as above; a Module is put into eval mode and, as a whole, back again
+    model  as above; a Module that trains is put into eval mode and, as a whole, back again
     x1     noise (B, ...) ~ N(0, I), which sets device and dtype
     steps  number of network evaluations, at least 1, on an even grid from t = 1 to 0
     y      labels (B, ...) for a model that takes them
@@ -386,9 +386,9 @@ class DerivativeRules(TorchFunctionMode):
 
 
 def unpacked(z):
-    """Return a tensor without its tangent, and the tangent; anything else, and None."""
+    """Return z without its tangent, and the tangent or None; z may be anything."""
     primal, tangent = forward_ad.unpack_dual(z) if torch.is_tensor(z) else (z, None)
-    # z itself, as autocast caches the casts of weights, but not of a view such as primal
+    # z itself if it has none: autocast caches the casts of weights, but not of views of them
     return (z if tangent is None else primal), tangent
 
 
@@ -406,9 +406,10 @@ ATTENTION = F.scaled_dot_product_attention, F.multi_head_attention_forward
 
 
 def attention(function, args, kwargs):
-    """Call attention by its math backend, as the others have no forward mode, and cast the
-    arguments as autocast would. In the JVP that would act on each operation in attention and
-    make the softmax of bf16 scores float32, which PyTorch 2.11 can't differentiate on a GPU.
+    """Call attention by its math backend, the only one with forward mode, with its arguments
+    cast as autocast would. Left on in the JVP, autocast would cast each operation of that
+    backend and make the softmax of bf16 scores float32, which PyTorch 2.11 can't
+    differentiate on a GPU.
     """
     device = next(z.device.type for z in (*args, *kwargs.values()) if torch.is_tensor(z))
     with sdpa_kernel(SDPBackend.MATH):
@@ -654,7 +655,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
-COUNT, SEED = (1, 10**9), (0, 2**32 - 1)  # PyTorch's generator takes 32 bits of a seed
+COUNT, SEED = (1, 10**9), (0, 2**32 - 1)  # PyTorch's CPU generator takes 32 bits of a seed
 SHARE, DECAY, SWITCH = (0, 1), (0, 1 - 1e-9), [True, False, None]
 
 SETTINGS = {  # name: default, range or choices, meaning; recipes and flags change the value
@@ -689,7 +690,7 @@ SETTINGS = {  # name: default, range or choices, meaning; recipes and flags chan
 }  # fmt: skip
 COLUMNS = "step", "loss", "err_flow", "err_jump", "grad_norm", "lambda", "skipped"  # of the log
 COLUMNS += "images_per_second", "seconds"
-# what --resume may change; other settings, and the network, are those of the past
+# what --resume may change; all else, and the network, must be as in the checkpoint
 MAY_CHANGE = {"out", "resume", "lr", "device", "compile", "log_every", "save_every"}
 
 
@@ -702,7 +703,7 @@ def train(model, images, labels, args):
 
     images  uint8 (N, C, H, W)
     labels  int64 (N,), or None for an unconditional model
-    args    SETTINGS, from `train_parser`
+    args    the SETTINGS, as parsed by `train_parser`
     Under torchrun each process takes its part of the batch, and the first one writes.
     Returns the model with the averaged weights, in eval mode. Raises UserError for what the
     user can mend.
@@ -713,7 +714,7 @@ def train(model, images, labels, args):
     launched = all(os.environ.get(name) for name in names)
     rank, world = (int(os.environ[name]) for name in names[:2]) if launched else (0, 1)
     check_data(model, images, labels, args, world)
-    UNet(**model.config).load_state_dict(model.state_dict())  # fails now, not in load_model
+    UNet(**model.config).load_state_dict(model.state_dict())  # or load_model would fail later
     lock = FileLock(out / ".lock")  # against another training in the folder
     if rank == 0:
         with writing(out):
@@ -726,7 +727,7 @@ def train(model, images, labels, args):
 
 
 def fit(model, images, labels, args, rank, world):
-    """Do what `train` promises, as process `rank` of `world`, in a folder without another."""
+    """The training itself, by process `rank` of `world`, in a folder that is locked."""
     out, device, n = Path(args.out), torch.device(args.device), args.batch_size // world
     if world > 1 and device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -741,13 +742,12 @@ def fit(model, images, labels, args, rank, world):
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     parts = {"model": model, "ema": average, "adam": adam, "scaler": scaler}
     parts |= {"muon": muon} if muon else {}
-    past = {"unet": model.config, "settings": vars(args) | {"processes": world}}
-    start, seconds = resume(out, parts, past, rank)
+    setup = {"unet": model.config, "settings": vars(args) | {"processes": world}}
+    start, seconds = resume(out, parts, setup, rank)
 
     modulated = args.lambda_schedule != "none" and args.lambda_max > 0
-    tangent = args.tangent
-    if tangent == "auto":  # λ > 0 along the conditional one costs variety, see the README
-        tangent = "marginal" if modulated else "conditional"
+    auto = "marginal" if modulated else "conditional"  # along which λ > 0 costs variety
+    tangent = auto if args.tangent == "auto" else args.tangent
     times = {"t_logit": args.t_logit, "r_logit": args.r_logit}
     objective = Objective(model, tangent=tangent, guidance=args.guidance, **times)
     compiled = device.type == "cuda" if args.compile is None else args.compile
@@ -757,10 +757,10 @@ def fit(model, images, labels, args, rank, world):
     if world > 1:
         objective = distributed(objective, device, start)
     flow_steps = round(args.flow_first * args.steps)
-    curriculum = {"warmup": args.lambda_warmup * args.steps, "maximum": args.lambda_max}
-    schedule = lambda_schedule(args.lambda_schedule, **curriculum)
+    warmup = args.lambda_warmup * args.steps
+    schedule = lambda_schedule(args.lambda_schedule, warmup=warmup, maximum=args.lambda_max)
 
-    recent, mark = [], time.perf_counter()
+    recent, stuck, mark = [], 0, time.perf_counter()
     for done in range(start, args.steps):
         # seeded by the step, so that there is no state of random numbers to save
         torch.manual_seed(hash((args.seed, done, rank)))
@@ -773,7 +773,7 @@ def fit(model, images, labels, args, rank, world):
         with torch.autocast(device.type, PRECISIONS[amp], enabled=amp != "off"):
             loss, err = objective(x0, lam, y, reference=more, jump_share=share)
         norm = update(loss, model, adam, muon, scaler, learning_rate(done, args))
-        # short at first, so that the average soon forgets the initial weights
+        # a short average at first, which soon forgets the initial weights
         blend = get_ema_multi_avg_fn(min(args.ema, done / (done + 9)))
         blend([*average.parameters()], [*model.parameters()], None)
 
@@ -783,20 +783,21 @@ def fit(model, images, labels, args, rank, world):
         if not (saves or step % args.log_every == 0):
             continue
         measured = torch.stack(recent).cpu()  # only here, a GPU is waited for
-        pace = (time.perf_counter() - mark) / len(recent)
-        seconds += pace * len(recent)
+        elapsed = time.perf_counter() - mark
+        seconds, pace = seconds + elapsed, elapsed / len(recent)
         finite = measured[:, 3].isfinite()
+        stuck = 0 if finite.any() else stuck + len(recent)
+        if stuck >= 20:
+            raise UserError(f"no finite gradient in {stuck} steps to {step}: a lower --lr?")
         means = measured[finite].nanmean(0).tolist()  # err_jump is nan if nothing jumps
         others = float(lam), int((~finite).sum()), args.batch_size / pace, seconds
         row = dict(zip(COLUMNS, (step, *means, *others), strict=True))
-        if row["skipped"] == len(recent) >= 20:
-            raise UserError(f"no finite gradient in {len(recent)} steps to {step}: a lower --lr?")
         if rank == 0:
             if saves:  # the picture first, as a later one would not make up for it
                 with writing(out, needed=False):
                     save_images(draw(average, 80, seed=args.seed), out / f"step-{step:06}.png")
                 states = {name: part.state_dict() for name, part in parts.items()}
-                save(past | states | {"row": row}, out / "checkpoint.pt")
+                save(setup | states | {"row": row}, out / "checkpoint.pt")
             with writing(out, needed=False):
                 append(out / "log.csv", row)
             report(row, args, flow_steps, pace)
@@ -817,8 +818,8 @@ def check_data(model, images, labels, args, world):
         raise UserError(f"images must be uint8 ({', '.join(map(str, wanted))}), got {got}")
     if (labels is None) == (classes > 0) or (labels is None and args.guidance != 1):
         raise UserError("labels, a UNet with classes and --guidance need each other")
-    whole = classes and labels.dtype == torch.int64 and labels.shape == images.shape[:1]
-    if classes and not (whole and labels.min() >= 0 and labels.max() < classes):
+    one_each = classes and labels.dtype == torch.int64 and labels.shape == images.shape[:1]
+    if classes and not (one_each and labels.min() >= 0 and labels.max() < classes):
         raise UserError(f"labels must be {len(images)} int64 from 0 to {classes - 1}")
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size} is no multiple of {world} processes")
@@ -878,16 +879,17 @@ class Muon(torch.optim.Muon):
     """torch's Muon for the convolutions of a UNet between the first and the last one.
 
     It sees each kernel as a matrix (outputs, all else) that shares the kernel's storage,
-    which `train` lays out as channels_last.
-    Updates have the size (RMS) of Adam's, after Liu et al. 2025, arXiv:2502.16982.
+    which `train` lays out as channels_last. At the same rate, which `update` makes 2.5 times
+    Adam's, updates have the size (RMS) of Adam's, after Liu et al. 2025, arXiv:2502.16982.
     """
 
     def __init__(self, model):
-        layers = [layer for layer in model.levels.modules() if isinstance(layer, nn.Conv2d)]
-        self.kernels = [z.weight for z in layers if z.weight.requires_grad]
+        inner = model.levels.parameters()
+        self.kernels = [z for z in inner if z.ndim == 4 and z.requires_grad]
         matrices = [z.detach().permute(0, 2, 3, 1).view(len(z), -1) for z in self.kernels]
         matrices = [nn.Parameter(matrix) for matrix in matrices]
-        super().__init__(matrices, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+        options = {"momentum": 0.9, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+        super().__init__(matrices, **options)
 
     def step(self, finite):
         """Use up the kernels' gradients, so that Adam finds none; step if `finite`."""
@@ -911,11 +913,11 @@ class Float32OnCPU(TorchFunctionMode):
 
 
 def report(row, args, flow_steps, pace):
-    """Print a row of the log and the time left, for which a step with a share q of jumps is
-    1 + q steps of flow matching, or 1 + 2 q if there is a λ: so it was on a CPU."""
-    step, dear = row["step"], 1 + args.jump_share * (1 + (args.lambda_schedule != "none"))
-    flow = max(0, flow_steps - step)  # as many are left
-    left = (flow + dear * (args.steps - step - flow)) / (1 if step <= flow_steps else dear)
+    """Print a row of the log and the time left. A step with a share q of jumps costs 1 + q
+    steps of flow matching, or 1 + 2 q with a λ schedule, as measured on a CPU."""
+    step, cost = row["step"], 1 + args.jump_share * (1 + (args.lambda_schedule != "none"))
+    flow = max(0, flow_steps - step)  # steps of flow matching that are left
+    left = (flow + cost * (args.steps - step - flow)) / (1 if step <= flow_steps else cost)
     minutes, seconds = divmod(round(left * pace), 60)
     errors = f"err_flow {row['err_flow']:.4f}  err_jump {row['err_jump']:.4f}"
     speed = f"{row['images_per_second']:.0f} images/s  {minutes}:{seconds:02} left"
@@ -930,26 +932,27 @@ def append(log, row):
         file.writelines(",".join(line) + "\n" for line in lines)
 
 
-def resume(out, parts, past, rank):
+def resume(out, parts, setup, rank):
     """Return the step and seconds to start from, after loading `parts` if --resume asks.
 
     Raises UserError if this would overwrite a training, or go on with another network or
-    other settings than those in `past`.
+    other settings than those in `setup`.
     """
     file, log = out / "checkpoint.pt", out / "log.csv"
     existing = [each for each in (file, log) if each.exists()]
-    if not (past["settings"]["resume"] and file in existing):
+    if not (setup["settings"]["resume"] and file in existing):
         if existing and rank == 0:
             raise UserError(f"{existing[0]} exists: --resume, or name another --out")
         return 0, 0.0
-    checkpoint = load_checkpoint(file, *past, *parts, "row")
-    was, now = (each["unet"] | each["settings"] for each in (checkpoint, past))
+    checkpoint = load_checkpoint(file, *setup, "row")
+    was, now = (each["unet"] | each["settings"] for each in (checkpoint, setup))
     for name in now.keys() - MAY_CHANGE:
         if was.get(name) != now[name]:
             change = f"{name} was {was.get(name)}, not {now[name]}"
             raise UserError(f"cannot go on from {file}: {change}")
-    for name, part in parts.items():
-        part.load_state_dict(checkpoint[name])
+    for name, state in load_checkpoint(file, *parts).items():
+        if state:  # not that of a scaler that was off
+            parts[name].load_state_dict(state)
     row = checkpoint["row"]
     if rank == 0 and log in existing:  # it ends with the checkpoint's row: others will come
         with writing(log, needed=False):
@@ -1046,8 +1049,8 @@ def save_images(images, file):
 
     if images.shape[-3] != 3:
         images = images.movedim(-3, -2).flatten(-2).unsqueeze(-3)  # (B, 1, H, C W)
-    buffer, options = io.BytesIO(), {"normalize": True, "value_range": (-1, 1)}
-    save_image(images, buffer, "png", nrow=10, **options)
+    buffer = io.BytesIO()
+    save_image(images, buffer, "png", nrow=10, normalize=True, value_range=(-1, 1))
     replace(Path(file), buffer.getvalue())
 
 
@@ -1056,8 +1059,8 @@ def save_images(images, file):
 
 def checked(name, default, allowed, meaning, value):
     """Return the value of a setting, a flag's text or a recipe's value, in its plain type.
-    Raises UserError, naming it, for one that is not allowed."""
-    if isinstance(default, list) and not isinstance(value, str):  # a pair, not yet one of it
+    The first four arguments are a row of SETTINGS. Raises UserError for a wrong value."""
+    if isinstance(default, list) and not isinstance(value, str):  # both numbers of a pair
         first, second = value
         return [checked(name, default, allowed, meaning, str(z)) for z in (first, second)]
     if isinstance(allowed, tuple):
@@ -1100,8 +1103,8 @@ def command_line(description, settings):
 def train_parser(description, **recipe):
     """Return the command line of a training script whose recipe replaces defaults of
     SETTINGS. Raises UserError for an unknown name or a wrong value in it."""
-    if recipe.keys() - SETTINGS.keys():
-        raise UserError(f"no such settings: {', '.join(recipe.keys() - SETTINGS.keys())}")
+    if unknown := recipe.keys() - SETTINGS.keys():
+        raise UserError(f"no such settings: {', '.join(unknown)}")
     recipe = {name: checked(name, *SETTINGS[name], value) for name, value in recipe.items()}
     settings = {name: (recipe.get(name, row[0]), *row[1:]) for name, row in SETTINGS.items()}
     return command_line(description, settings)
@@ -1143,7 +1146,7 @@ def main(argv=None):
     if not grid and out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out {out} holds files, which would pass for samples")
     model = load_model(args.checkpoint).to(args.device)
-    if args.label >= max(1, model.classes):
+    if args.label >= model.classes:
         raise UserError(f"--label {args.label}: the model has {model.classes} classes")
     images = draw(model, args.num, steps=args.steps, seed=args.seed, label=args.label)
     with writing(out):

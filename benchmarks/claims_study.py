@@ -10,38 +10,154 @@ meets λ = 0, and a rising λ along the marginal tangent.
   the gradient's norm gets in their second half, where the risen λ is 1 (means of ten steps, before
   it is clipped at 20), and the distance.
 
-Prints two tables, mean (range of the seeds), and draws claims.png into --out. Network and recipe
-are those of lambda_study.py. A finished training in --out is not repeated. Needs matplotlib.
+Prints two tables, mean (range of the seeds), and draws claims.png into --out. The network has a
+width of 16, one block a level and self-attention in the lowest; Adam trains it. A finished training
+in --out is not repeated: delete that folder after a change of the code. Needs matplotlib.
 
     python benchmarks/claims_study.py  # two hours on two cores
 """
 
 import argparse
+import contextlib
+import csv
+import functools
+import json
+import math
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import torch
+from torchvision.datasets import MNIST
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from lambda_study import Job, cell, mean_and_range, train_all
+import quality
 
 import meanflow
 
-CURRICULA = {  # λ and tangent: (name, colour, line)
-    ("0", "conditional"): ("λ = 0", "#2a7f9e", "-"),
-    ("0 to 1, linear", "conditional"): ("rising, conditional (the paper's)", "#d1495b", "-"),
-    ("0 to 1, linear", "marginal"): ("rising, marginal", "#edae49", "-"),
+CURRICULA = {  # --lambda-schedule and --tangent: (name, colour)
+    ("none", "conditional"): ("λ = 0", "#2a7f9e"),
+    ("linear", "conditional"): ("rising, conditional (the paper's)", "#d1495b"),
+    ("linear", "marginal"): ("rising, marginal", "#edae49"),
 }
 IMAGES, RATES, TICKS = (600, 6_000, 60_000), (1, 3, 10), (1, 2, 5, 10, 20, 50)
+NETWORK = {"patch": 2, "width": 16, "multipliers": (1, 2)}
+RECIPE = {  # its own, so that a change of train_mnist.py's leaves the study as it is
+    "batch_size": 64,
+    "lr": 3e-3,
+    "lr_decay": True,
+    "beta2": 0.99,
+    "ema": 0.99,
+    "lambda_warmup": 0.5,
+    "device": "cpu",
+    "log_every": 10,
+    "save_every": 10**6,
+}
+SAMPLES = 5_000
+
+
+@dataclass(frozen=True)
+class Job:
+    schedule: str
+    tangent: str
+    seed: int
+    steps: int
+    images: int = 60_000  # drawn evenly over the classes
+    rate: int = 1  # times the recipe's learning rate
+
+    def folder(self, out):
+        return Path(out, "-".join(map(str, asdict(self).values())))
+
+
+def drawn_evenly(labels, count, seed):
+    """Return the indices of `count` images, as many of each of ten classes, in random order."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    if count < len(labels):
+        order = torch.cat([order[labels[order] == k][: count // 10] for k in range(10)])
+        order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))]
+    return order
+
+
+def memorised(samples, train, test):
+    """Return the share of samples whose nearest training image is nearer than the nearest of as
+    many test images: about a half if nothing is memorised, though the two are not drawn alike."""
+    count = min(len(train), len(test))
+    nearest = lambda images: torch.cdist(samples.flatten(1), images[:count].flatten(1)).amin(1)
+    return (nearest(train) < nearest(test)).float().mean().item()
+
+
+@functools.cache  # once in each process, for all that it trains
+def quality_of(data, cache):
+    return quality.Quality(data, cache)
+
+
+def train(task):
+    """Train one network on one thread and return its job and its measures. A training that does
+    not end, since its gradients are not finite, has none."""
+    job, data, out, cache = task
+    run = job.folder(out)
+    result = run / "quality.json"
+    if result.exists():
+        return job, json.loads(result.read_text())
+    torch.set_num_threads(1)
+    recipe = RECIPE | {"out": run, "lr": RECIPE["lr"] * job.rate}
+    flags = f"--lambda-schedule {job.schedule} --tangent {job.tangent} --resume"
+    flags += f" --seed {job.seed} --steps {job.steps}"
+    args = meanflow.train_parser("", **recipe).parse_args(flags.split())
+    torch.manual_seed(job.seed)
+    model = meanflow.UNet(channels=1, size=28, classes=10, **NETWORK)
+    mnist = MNIST(data)
+    chosen = drawn_evenly(mnist.targets, job.images, job.seed)
+    images, labels = mnist.data[chosen, None], mnist.targets[chosen]
+    row = {"ended": True}
+    try:
+        with contextlib.redirect_stdout(open(os.devnull, "w")):
+            model = meanflow.train(model, images, labels, args)
+    except meanflow.UserError as error:
+        if "finite" not in str(error):  # gradients that are not
+            raise
+        row["ended"] = False
+    if row["ended"]:
+        samples, classes = meanflow.draw(model, SAMPLES), torch.arange(SAMPLES) % 10
+        measured = quality_of(data, cache)
+        row |= zip(quality.MEASURES, measured.measure(samples, classes), strict=True)
+        row["memorised"] = memorised(samples, quality.as_float(images[:, 0]), measured.test)
+        with open(run / "log.csv") as file:
+            log = [(int(line["step"]), float(line["grad_norm"])) for line in csv.DictReader(file)]
+        half = job.steps // 2 + RECIPE["log_every"]  # rows from here on have no step of the change
+        row["largest norm"] = max((norm for step, norm in log if step >= half), default=math.nan)
+    result.write_text(json.dumps(row))
+    return job, row
+
+
+def train_all(jobs, args):
+    """Return the measures of each job; `args.jobs` processes train at once."""
+    quality_of(args.data, args.cache)  # trains the classifiers, if there are none
+    tasks, results = [(job, args.data, args.out, args.cache) for job in jobs], {}
+    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
+        for job, row in pool.map(train, tasks):
+            results[job] = row
+            print(f"{len(results)} of {len(tasks)} trainings done", file=sys.stderr, flush=True)
+    return results
+
+
+def cell(runs, name, form):
+    """Return the mean and range of a measure over the runs that have it, those that ended."""
+    values = [run[name] for run in runs if name in run]
+    return form.format(sum(values) / len(values), min(values), max(values)) if values else "-"
 
 
 def table(title, rows, measures, groups):
     """Print a row for each of `rows` and curriculum; groups: {(curriculum, row): runs}."""
     print(f"\n| {title} | λ |", " | ".join(measures), "| trainings that finished |")
     print("|---" * (3 + len(measures)) + "|")
-    for value, (curriculum, (name, *_)) in product(rows, CURRICULA.items()):
+    for value, (curriculum, (name, _)) in product(rows, CURRICULA.items()):
         runs = groups[curriculum, value]
         cells = [cell(runs, *measure) for measure in measures.values()]
         ended = f"{sum(run['ended'] for run in runs)} of {len(runs)}"
@@ -50,11 +166,11 @@ def table(title, rows, measures, groups):
 
 def lines(axes, values, groups, measure):
     """Draw a measure against `values`, a line through the means and a dot for each seed."""
-    for curriculum, (name, colour, line) in CURRICULA.items():
+    for curriculum, (name, colour) in CURRICULA.items():
         runs = [[run[measure] for run in groups[curriculum, v] if measure in run] for v in values]
         ended = [(v, group) for v, group in zip(values, runs, strict=True) if group]
-        means = [mean_and_range(group)[0] for _, group in ended]
-        axes.plot([v for v, _ in ended], means, line, color=colour, label=name)
+        means = [sum(group) / len(group) for _, group in ended]
+        axes.plot([v for v, _ in ended], means, color=colour, label=name)
         for value, group in ended:
             axes.plot([value] * len(group), group, "o", color=colour, markersize=4)
     axes.set(xscale="log", xticks=values)

@@ -7,7 +7,7 @@ one. So flow matching is 3, λ = 0 is 3 + q and λ > 0 is 3 + 3 q with a share q
 the marginal tangent adds q.
 Memory is the peak of what a step allocates, as a ratio, too; "first" is the seconds of the first
 step, which compiles. "without the rules" leaves every derivative to PyTorch, which works in float32
-and without --compile only; "before" is the contiguous layout, and without the rule for SiLU. --ours
+and without --compile only; "usual layout" is contiguous, and without the rule for SiLU. --ours
 leaves out the rows without the rules and those of other implementations.
 
     python benchmarks/step.py                      # bf16 on a GPU; float32 on a CPU, in minutes
@@ -86,7 +86,7 @@ class WithoutRules(torch.nn.Module):
             return self.objective(*args)
 
 
-class Before(torch.nn.Module):
+class UsualLayout(torch.nn.Module):
     """A loss of the network in the usual layout, and without a rule for SiLU."""
 
     def __init__(self, net, share):
@@ -140,9 +140,9 @@ def ways(net, shares, compiled, amp, ours_only):
         table[f"λ = 1, q = {q}, marginal tangent"] = marginal, 1.0, 1 + q * 4 / 3
     if compiled:  # where rules are not to be taken away
         return table
-    table["flow matching, before"] = Before(net, 0.0), 0.0, 1.0
+    table["flow matching, usual layout"] = UsualLayout(net, 0.0), 0.0, 1.0
     for (lam, q), theory in counted.items():
-        table[f"λ = {lam:.0f}, q = {q}, before"] = Before(net, q), lam, theory
+        table[f"λ = {lam:.0f}, q = {q}, usual layout"] = UsualLayout(net, q), lam, theory
     if ours_only:
         return table
     if amp:  # without the rules, tangents in float32 meet weights in bf16
