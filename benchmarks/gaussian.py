@@ -42,9 +42,13 @@ def deviation(lam, tangent, *, steps=3000, batch=1024):
     return meanflow.sample(u, torch.randn(100_000, 1)).std().item()
 
 
-if __name__ == "__main__":
+def main(argv=None):
     tangents = "conditional", "marginal"
     print("| λ |", " | ".join(tangents), "|\n|---|---|---|\n| exact | 0.50 | 0.50 |")
     for lam in 0.0, 0.25, 1.0:
         found = " | ".join(f"{deviation(lam, tangent):.2f}" for tangent in tangents)
         print(f"| {lam:g} | {found} |", flush=True)
+
+
+if __name__ == "__main__":
+    meanflow.run(main)
