@@ -519,17 +519,17 @@ def test_an_ensemble_is_trained_by_vmap():
 
 
 def test_diffusers_unet_of_the_readme():
-    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers")
     down, up = ("DownBlock2D", "AttnDownBlock2D"), ("AttnUpBlock2D", "UpBlock2D")
     small = {"down_block_types": down, "up_block_types": up, "norm_num_groups": 4}
     small |= {"block_out_channels": (8, 16), "layers_per_block": 1, "attention_head_dim": 8}
-    names = {"torch": torch, "expand": expand}
-    names["UNet2DModel"] = functools.partial(diffusers.UNet2DModel, **small)
-    exec(readme_block("UNet2DModel").replace("from diffusers import UNet2DModel", ""), names)
-    against_differences(names["model"], [*names["net"].double().parameters()], (3, 8, 8))
-    names["net"].eval()
+    block = readme_block("UNet2DModel").replace("sample_size=32", "**small")
+    exec(block, names := {"small": small | {"sample_size": 8}})
+    net = names["model"].double()
+    against_differences(net, [*net.parameters()], (3, 8, 8))
+    net.eval()
     with torch.no_grad():
-        Objective(names["model"])(torch.randn(4, 3, 8, 8).double(), 0.0)
+        Objective(net)(torch.randn(4, 3, 8, 8).double(), 0.0)
 
 
 class TimestepEmbedder(nn.Linear):
@@ -1611,11 +1611,14 @@ def test_the_check_of_the_readme_tells_a_right_derivative_from_a_wrong_one():
         assert (names["difference"] > 1e-3) == wrong
 
 
-def test_the_rule_of_the_readme_is_used(monkeypatch):
-    monkeypatch.setattr(meanflow, "RULES", dict(meanflow.RULES))
-    exec(readme_block("RULES["), vars(meanflow) | {})
-    rule, calls = meanflow.RULES[F.softplus], []
-    meanflow.RULES[F.softplus] = lambda *args: calls.append(args) or rule(*args)
+def test_a_rule_of_the_users_is_used(monkeypatch):
+    calls = []
+
+    def rule(x, dx, beta=1, threshold=20):
+        calls.append(x)
+        return torch.sigmoid(beta * x) * dx
+
+    monkeypatch.setitem(meanflow.RULES, F.softplus, rule)
     (x, v, r, t), _ = batch(n=5, jumps=5)
     for layer in F.softplus, nn.Softplus(beta=3):
         u = lambda x, r, t, layer=layer: layer(x)
