@@ -29,7 +29,7 @@ NETWORK = {  # 51M parameters; published: 55M, attention at 16x16 only
     "attention": 2,
     "dropout": 0.2,
 }
-TINY = {  # for one CPU core, under three hours
+TINY = {  # for one CPU core, 90 minutes
     "out": "runs/cifar-tiny",
     "steps": 5_000,
     "batch_size": 64,

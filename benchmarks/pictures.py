@@ -133,10 +133,10 @@ def draw_moons():
     torch.manual_seed(1)
     data = moons(20_000)
     settings = {
-        "λ = 0": (0.0, "conditional", 2048),
+        "λ = 0": (0.0, "conditional", 0),
         "λ = 1, conditional": (1.0, "conditional", 0),
-        "the same, mean over points": (1.0, "conditional", 2048),
-        "λ = 1, marginal": (1.0, "marginal", 2048),
+        "λ = 1, marginal": (1.0, "marginal", 0),
+        "λ = 1, mean over points": (1.0, "conditional", 2048),
     }
     panels[0].scatter(*data[: len(noise)].T, s=3, color=DATA)
     panels[0].set_title("data")
@@ -197,13 +197,13 @@ def draw_digits(plain="runs/mnist/checkpoint.pt", paper="runs/paper/checkpoint.p
 PICTURES = {"path": draw_path, "moons": draw_moons, "log": draw_log, "digits": draw_digits}
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("picture", choices=PICTURES)
     parser.add_argument("files", nargs="*", help="what it is drawn from, as above")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     PICTURES[args.picture](*args.files)
 
 
 if __name__ == "__main__":
-    main()
+    meanflow.run(main)
