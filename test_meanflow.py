@@ -178,6 +178,20 @@ def test_true_u_is_not_stationary_for_the_conditional_tangent_with_lambda_1():
     assert mean[0] < -0.05 and mean[2] < -0.1, (mean, error)
 
 
+def test_jumps_to_one_point_beat_the_truth_along_the_conditional_tangent_only():
+    x0, x1 = MEAN + STD * torch.randn(1000, 1).double(), torch.randn(1000, 1).double()
+    r, t = 0.4 * torch.rand(1000).double(), 0.5 + 0.5 * torch.rand(1000).double()
+    x_t, v = path(x0, x1, t)
+    collapsed = lambda x, r, t: (x - 0.3) / expand(t - r, x)
+
+    def error(model, along):
+        return meanflow_loss(model, x_t, v, r, t, 1.0, direction=along)[1]
+
+    mean_v = gaussian_v(x_t, t[:, None])
+    assert error(collapsed, v).max() < 1e-20 and error(gaussian_u, v).mean() > 0.1
+    assert_close(error(collapsed, mean_v), error(gaussian_u, mean_v))
+
+
 # The mean of v over the images at hand ------------------------------------------------------------
 
 
