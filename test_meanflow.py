@@ -178,6 +178,24 @@ def test_true_u_is_not_stationary_for_the_conditional_tangent_with_lambda_1():
     assert mean[0] < -0.05 and mean[2] < -0.1, (mean, error)
 
 
+@pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
+def test_lambda_pulls_together_where_jumps_end_along_the_conditional_tangent(lam):
+    """Its gradient is that along the mean of v, plus λ times that of E||J (v - mean)||²."""
+    net, x_t = Net(), torch.randn(1, 3).double().repeat(5, 1)
+    v, (r, t) = torch.randn(5, 3).double(), torch.tensor([[0.2], [0.7]]).double().expand(2, 5)
+    mean = v.mean(0).repeat(5, 1)
+
+    def along(direction):
+        loss, _ = meanflow_loss(net, x_t, v, r, t, lam, direction=direction, p=0)
+        return gradients(loss, net)
+
+    jump = lambda x: x - 0.5 * net(x, r, t)
+    _, apart = torch.func.jvp(jump, (x_t,), (v - mean,))  # J (v - mean)
+    pull = gradients(apart.square().sum(1).mean(), net)
+    assert_close(along(v), along(mean) + lam * pull)
+    assert pull.norm() > 0.1
+
+
 def test_jumps_to_one_point_beat_the_truth_along_the_conditional_tangent_only():
     x0, x1 = MEAN + STD * torch.randn(1000, 1).double(), torch.randn(1000, 1).double()
     r, t = 0.4 * torch.rand(1000).double(), 0.5 + 0.5 * torch.rand(1000).double()
