@@ -182,7 +182,7 @@ def test_true_u_is_not_stationary_for_the_conditional_tangent_with_lambda_1():
 def test_lambda_pulls_together_where_jumps_end_along_the_conditional_tangent(lam):
     """Its gradient is that along the mean of v, plus λ times that of E||J (v - mean)||²."""
     net, x_t = Net(), torch.randn(1, 3).double().repeat(5, 1)
-    v, (r, t) = torch.randn(5, 3).double(), torch.tensor([[0.2], [0.7]]).double().expand(2, 5)
+    v, (r, t) = torch.randn(5, 3).double(), torch.tensor([[0.2], [0.7]]).double().repeat(1, 5)
     mean = v.mean(0).repeat(5, 1)
 
     def along(direction):
