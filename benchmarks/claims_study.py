@@ -14,7 +14,7 @@ Prints two tables, mean (range of the seeds), and draws claims.png into --out. T
 width of 16, one block a level and self-attention in the lowest; Adam trains it. A finished training
 in --out is not repeated: delete that folder after a change of the code. Needs matplotlib.
 
-    python benchmarks/claims_study.py  # two hours on two cores
+    python benchmarks/claims_study.py  # 25 minutes on two cores
 """
 
 import argparse
