@@ -944,15 +944,15 @@ def resume(out, parts, setup, rank):
         if existing and rank == 0:
             raise UserError(f"{existing[0]} exists: --resume, or name another --out")
         return 0, 0.0
-    checkpoint = load_checkpoint(file, *setup, "row")
+    checkpoint = load_checkpoint(file, *setup, *(parts.keys() - {"muon"}), "row")
     was, now = (each["unet"] | each["settings"] for each in (checkpoint, setup))
     for name in now.keys() - MAY_CHANGE:
         if was.get(name) != now[name]:
             change = f"{name} was {was.get(name)}, not {now[name]}"
             raise UserError(f"cannot go on from {file}: {change}")
-    for name, state in load_checkpoint(file, *parts).items():
-        if state:  # not that of a scaler that was off
-            parts[name].load_state_dict(state)
+    for name, part in parts.items():
+        if checkpoint[name]:  # not that of a scaler that was off
+            part.load_state_dict(checkpoint[name])
     row = checkpoint["row"]
     if rank == 0 and log in existing:  # it ends with the checkpoint's row: others will come
         with writing(log, needed=False):
@@ -993,10 +993,12 @@ def writing(place, needed=True):
 
 
 def load_checkpoint(file, *names):
-    """Return what `train` saved under the names. Raises UserError for another file or none."""
+    """Return what `train` saved, which must hold the names. Raises UserError for another file."""
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        return {name: checkpoint[name] for name in names}
+        if not checkpoint.keys() >= {*names}:
+            raise KeyError(*names)
+        return checkpoint
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
     except Exception as error:  # torch.load raises anything for what it does not know
