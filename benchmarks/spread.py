@@ -17,25 +17,21 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import pictures
 
+import meanflow
 import train_mnist
-
-
-def mean_velocity(x_t, t, images):
-    """Return E[v | x_t] for data that are one of the images (M, D), all equally likely."""
-    square = torch.cdist(x_t, (1 - t) * images).square()
-    x0 = (-square / (2 * t**2)).softmax(1) @ images
-    return (x_t - x0) / t
 
 
 def spread(data, count, t, samples=100):
     """Return what the mean over `count` of the data leaves of the spread of v, and the spread."""
-    at_hand = data[torch.randint(len(data), (count,))]
-    x0 = at_hand[:samples]
-    x1 = torch.randn_like(x0)
-    x_t = (1 - t) * x0 + t * x1
-    exact = mean_velocity(x_t, t, data)
-    left, whole = mean_velocity(x_t, t, at_hand) - exact, x1 - x0 - exact
-    return left.square().sum(1).mean().item(), whole.square().sum(1).mean().item()
+    data = data[torch.randperm(len(data))]
+    x0, t = data[:samples], torch.full((samples,), t).double()
+    x_t, v = meanflow.path(x0, torch.randn_like(x0), t)
+
+    def mean_over(first):
+        return meanflow.mean_velocity(x_t, t, v, x0, None, (data[samples:first], None))
+
+    exact = mean_over(len(data))
+    return [(z - exact).square().sum(1).mean().item() for z in (mean_over(count), v)]
 
 
 def main():
